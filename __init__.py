@@ -1,0 +1,29 @@
+"""HPool-ViT, the hierarchically pooled Vision Transformer, for Hugging Face Transformers."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from .configuration_hpool_vit import HPoolViTConfig
+from .image_processing_hpool_vit import HPoolViTImageProcessor, HPoolViTImageProcessorPil
+from .modeling_hpool_vit import HPoolViTForImageClassification, HPoolViTModel, HPoolViTPreTrainedModel
+
+
+__version__ = "0.1.0"
+
+# `exist_ok`: the package may come after a folder loaded with `trust_remote_code`, which registers the same names.
+AutoConfig.register("hpool_vit", HPoolViTConfig, exist_ok=True)
+AutoModel.register(HPoolViTConfig, HPoolViTModel, exist_ok=True)
+AutoModelForImageClassification.register(HPoolViTConfig, HPoolViTForImageClassification, exist_ok=True)
+AutoImageProcessor.register(
+    HPoolViTConfig,
+    image_processor_classes={"torchvision": HPoolViTImageProcessor, "pil": HPoolViTImageProcessorPil},
+    exist_ok=True,
+)
+
+__all__ = [
+    "HPoolViTConfig",
+    "HPoolViTForImageClassification",
+    "HPoolViTImageProcessor",
+    "HPoolViTImageProcessorPil",
+    "HPoolViTModel",
+    "HPoolViTPreTrainedModel",
+]

@@ -1,0 +1,376 @@
+"""HPool-ViT configuration."""
+
+import math
+from dataclasses import field, fields
+from functools import wraps
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+
+LN_ORDERS = ("pre", "post", "residual")
+PATCHIFY_TECHNIQUES = ("linear", "convolutional")
+POOL_MODES = ("max", "avg", "merge")
+
+# The models of the paper (Table 1 and Section 4): all share image size 224, patch 16, 12 blocks, head width 64.
+_PRESETS = {
+    "hvt-ti-1": {"hidden_size": 192, "hvt_pool": [1]},
+    "hvt-s-0": {"hidden_size": 384, "hvt_pool": None},
+    "hvt-s-1": {"hidden_size": 384, "hvt_pool": [1]},
+    "hvt-s-2": {"hidden_size": 384, "hvt_pool": [1, 7]},
+    "hvt-s-3": {"hidden_size": 384, "hvt_pool": [1, 5, 9]},
+    "hvt-s-4": {"hidden_size": 384, "hvt_pool": [1, 4, 7, 10]},
+    "scale-hvt-ti-4": {"hidden_size": 384, "hvt_pool": [1, 4, 7, 10]},
+}
+
+
+def refuse_with_value_error(cls):
+    """`@strict` reports with exceptions of its own that are no `ValueError`, the type that callers of a configuration
+    catch. This raises the `ValueError` instead, with the message of the check that failed."""
+
+    def translate(method):
+        @wraps(method)
+        def wrapper(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except StrictDataclassError as error:
+                raise ValueError(str(error.__cause__)) from error
+
+        return wrapper
+
+    for name in ("__init__", "__setattr__", "validate"):
+        setattr(cls, name, translate(getattr(cls, name)))
+    return cls
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)
+
+
+@refuse_with_value_error
+@strict
+class HPoolViTConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`HPoolViTModel`], the Vision Transformer that pools its tokens between blocks ("Scalable
+    Vision Transformers with Hierarchical Pooling", arXiv 2103.10619). The names in brackets are accepted too, as
+    keyword, attribute and in JSON.
+
+    Args:
+        hidden_size (`int`, defaults to 768):
+            Width of the tokens (`d_model`).
+        num_hidden_layers (`int`, defaults to 12):
+            Number of blocks (`num_encoder_blocks`).
+        num_attention_heads (`int`, defaults to 12):
+            Number of attention heads (`encoder_num_heads`); divides `hidden_size`.
+        intermediate_size (`int`, defaults to 3072):
+            Width of a block's MLP (`encoder_mlp_d`).
+        hidden_act (`str`, defaults to `"gelu"`):
+            Activation of the MLP, a name in `transformers.activations.ACT2FN`.
+        image_size (`int` or `tuple[int, int]`, defaults to 224):
+            Size of the input in pixels, one number or (height, width); divisible by `patch_size`.
+        patch_size (`int` or `tuple[int, int]`, defaults to 16):
+            Size of a patch in pixels, one number or (height, width).
+        num_channels (`int`, defaults to 3):
+            Channels of the input (`in_channels`).
+        classifier_hidden_size (`int`, *optional*):
+            None: the classifier is one Linear, as in the paper. A number: Linear to this width, Tanh, Dropout, Linear
+            (`classifier_mlp_d`).
+        dropout (`float`, defaults to 0.0):
+            Dropout on the patch embeddings and in the classifier.
+        hidden_dropout_prob (`float`, defaults to 0.0):
+            Dropout inside a block's MLP (`encoder_dropout`).
+        attention_probs_dropout_prob (`float`, defaults to 0.0):
+            Dropout on the attention probabilities (`encoder_attention_dropout`).
+        projection_dropout_prob (`float`, defaults to 0.0):
+            Dropout after attention's output projection (`encoder_projection_dropout`).
+        patchify_technique (`str`, defaults to `"linear"`):
+            `"linear"`: unfold, then Linear. `"convolutional"`: Conv2d with stride `patch_size`. The same function; the
+            weights convert by reshaping.
+        drop_path_rate (`float`, defaults to 0.0):
+            Stochastic depth per sample: 0 at the first block, rising linearly to this at the last
+            (`stochastic_depth_mp`; None, or `stochastic_depth=False`, means 0).
+        layer_scale_init_value (`float`, *optional*):
+            Initial value of a learned scale per channel on each branch (`layer_scale`); None: no scale.
+        ln_order (`str`, defaults to `"residual"`):
+            `"pre"`: x += A(LN(x)). `"post"`: x = LN(x + A(x)). `"residual"`: ResiDual (arXiv 2304.14802).
+        hvt_pool (`list[int]`, *optional*, defaults to `[1, 5, 9]`):
+            Blocks, counted from 0, at whose input the tokens are pooled, rising; None or []: never.
+        pool_mode (`str`, defaults to `"max"`):
+            `"max"` or `"avg"`: 1-D pooling along the token axis (paper Section 3.2). `"merge"`: the most similar
+            tokens join (after ToMe, arXiv 2210.09461).
+        pool_kernel_size, pool_stride (`int`, defaults to 3 and 2):
+            Window and step, in tokens, of `"max"` and `"avg"`.
+        merge_ratio (`float` or `list[float]`, defaults to 0.5):
+            Share of the tokens that `"merge"` removes at each block in `hvt_pool`, in (0, 0.5]; one number, or one per
+            entry.
+        proportional_attention (`bool`, defaults to `False`):
+            Whether attention weighs a merged token by the number of patches it stands for.
+        use_class_token (`bool`, defaults to `False`):
+            Whether a class token, never pooled, is the pooled output instead of the mean over the tokens.
+        qkv_bias (`bool`, defaults to `True`):
+            Whether the query, key and value projections have a bias.
+        layer_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of every LayerNorm.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the truncated normal that initialises weights and position embeddings.
+
+    Raises:
+        ValueError: for a value that no model can be built from; it names the field, the value and the remedy.
+
+    Example:
+
+    ```python
+    >>> from hpool_vit import HPoolViTConfig
+
+    >>> config = HPoolViTConfig.from_preset("hvt-s-3", num_labels=10)
+    >>> config.tokens_per_stage()
+    [196, 97, 48, 23]
+    ```"""
+
+    model_type = "hpool_vit"
+    attribute_map = {
+        "d_model": "hidden_size",
+        "num_encoder_blocks": "num_hidden_layers",
+        "encoder_num_heads": "num_attention_heads",
+        "encoder_mlp_d": "intermediate_size",
+        "in_channels": "num_channels",
+        "num_classes": "num_labels",
+        "classifier_mlp_d": "classifier_hidden_size",
+        "encoder_dropout": "hidden_dropout_prob",
+        "encoder_attention_dropout": "attention_probs_dropout_prob",
+        "encoder_projection_dropout": "projection_dropout_prob",
+        "stochastic_depth_mp": "drop_path_rate",
+        "layer_scale": "layer_scale_init_value",
+    }
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "layernorm": "keep_full_weight",
+    }
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    classifier_hidden_size: int | None = None
+    dropout: float | int = 0.0
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    projection_dropout_prob: float | int = 0.0
+    patchify_technique: str = "linear"
+    drop_path_rate: float | int | None = 0.0
+    layer_scale_init_value: float | int | None = None
+    ln_order: str = "residual"
+    hvt_pool: list[int] | tuple[int, ...] | None = field(default_factory=lambda: [1, 5, 9])
+    pool_mode: str = "max"
+    pool_kernel_size: int = 3
+    pool_stride: int = 2
+    merge_ratio: float | list[float] | tuple[float, ...] = 0.5
+    proportional_attention: bool = False
+    use_class_token: bool = False
+    qkv_bias: bool = True
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        defaults = {f.name: f.default for f in fields(self)}
+        for alias, name in self.attribute_map.items():
+            if alias not in kwargs:
+                continue
+            value = kwargs.pop(alias)
+            given = kwargs.get(name, getattr(self, name))
+            if given not in (value, defaults.get(name)):
+                raise ValueError(f"`{name}={given!r}` and `{alias}={value!r}` name the same field: give only one.")
+            if name == "num_labels":
+                kwargs[name] = value
+            else:
+                setattr(self, name, value)
+        # Last, whatever the order of the keywords: switching stochastic depth off wins over its rate.
+        if kwargs.pop("stochastic_depth", True) is False:
+            self.drop_path_rate = 0.0
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any):
+        # Resolved here, because `@strict` checks the type of an assignment by the field's own name only.
+        key = self.attribute_map.get(key, key)
+        # One type per field, so that a configuration equals the one read back from its JSON.
+        if key in ("image_size", "patch_size") and isinstance(value, list):
+            value = tuple(value)
+        elif key in ("hvt_pool", "merge_ratio") and isinstance(value, tuple):
+            value = list(value)
+        elif key == "drop_path_rate" and value is None:
+            value = 0.0
+        super().__setattr__(key, value)
+
+    @property
+    def stochastic_depth(self) -> bool:
+        """Whether any block is ever dropped; assigning False sets `drop_path_rate` to 0."""
+        return self.drop_path_rate > 0
+
+    @stochastic_depth.setter
+    def stochastic_depth(self, value: bool):
+        if not value:
+            self.drop_path_rate = 0.0
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return _pair(self.patch_size)
+
+    def patch_grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Rows and columns of whole patches in an image of `height` × `width` pixels (default: `image_size`)."""
+        height, width = (height, width) if height is not None else self.image_shape
+        return height // self.patch_shape[0], width // self.patch_shape[1]
+
+    def tokens_per_stage(self, num_patches: int | None = None) -> list[int]:
+        """
+        Number of patch tokens (a class token not counted) at the start and after the pooling of each block in
+        `hvt_pool`: 196, 97, 48, 23 for the defaults.
+
+        Args:
+            num_patches (`int`, *optional*): patches of the image; by default those of `image_size`.
+
+        Raises:
+            ValueError: if the tokens run out; it names the block and the number of tokens left.
+        """
+        tokens = [math.prod(self.patch_grid()) if num_patches is None else num_patches]
+        if tokens[0] < 1:
+            raise ValueError(
+                f"The image is smaller than one patch of `patch_size={self.patch_size}` pixels: enlarge it."
+            )
+        for stage, block in enumerate(self.hvt_pool or []):
+            left = tokens[-1]
+            if self.pool_mode == "merge":
+                tokens.append(left - self.num_merged(left, stage))
+            elif left < self.pool_kernel_size:
+                raise ValueError(
+                    f"`hvt_pool={self.hvt_pool}` runs out of tokens at block {block}: {left} left, and "
+                    f"`pool_kernel_size={self.pool_kernel_size}` needs as many. Pool at fewer blocks, or use larger "
+                    "images, smaller patches or a smaller kernel."
+                )
+            else:
+                tokens.append((left - self.pool_kernel_size) // self.pool_stride + 1)
+        return tokens
+
+    def num_merged(self, num_tokens: int, stage: int) -> int:
+        """Number of the `num_tokens` patch tokens that join another at the merging stage `stage`, counted from 0."""
+        ratio = self.merge_ratio[stage] if isinstance(self.merge_ratio, list) else self.merge_ratio
+        # A ratio written as a fraction (48 / 196) must give that many tokens in spite of its rounding.
+        return math.floor(ratio * num_tokens + 1e-6)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "HPoolViTConfig":
+        """
+        The configuration of one of the paper's models, with 1000 labels.
+
+        Args:
+            name (`str`): `hvt-ti-1`, `hvt-s-0` … `hvt-s-4` or `scale-hvt-ti-4`.
+            overrides: fields that shall differ from the preset.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"`name={name!r}` is no preset: choose one of {', '.join(_PRESETS)}.")
+        width = _PRESETS[name]["hidden_size"]
+        preset = {
+            **_PRESETS[name],
+            "num_attention_heads": width // 64,
+            "intermediate_size": 4 * width,
+            "ln_order": "pre",
+            "patchify_technique": "convolutional",
+        }
+        overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
+        if not {"num_labels", "id2label"} & overrides.keys():
+            preset["num_labels"] = 1000
+        return cls(**{**preset, **overrides})
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation; the later checks rely on the earlier ones."""
+        super().validate_architecture()
+        self._check_choices()
+        self._check_numbers()
+        self._check_sizes()
+        self._check_pooling()
+
+    def _check_sizes(self):
+        names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
+        names += ["pool_kernel_size", "pool_stride"]
+        names += ["classifier_hidden_size"] if self.classifier_hidden_size is not None else []
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
+        for name in ("image_size", "patch_size"):
+            shape = _pair(getattr(self, name))
+            if len(shape) != 2 or min(shape) < 1:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` must be one number or (height, width), each at least 1 pixel."
+                )
+        if any(size % patch for size, patch in zip(self.image_shape, self.patch_shape, strict=True)):
+            raise ValueError(
+                f"`image_size={self.image_size}` is not divisible by `patch_size={self.patch_size}`: choose a "
+                "multiple of the patch."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size={self.hidden_size}` is not divisible by "
+                f"`num_attention_heads={self.num_attention_heads}`: choose a number of heads that divides the width."
+            )
+
+    def _check_choices(self):
+        for name, choices in (
+            ("ln_order", LN_ORDERS),
+            ("patchify_technique", PATCHIFY_TECHNIQUES),
+            ("pool_mode", POOL_MODES),
+            ("hidden_act", ACT2FN),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown: choose one of {', '.join(choices)}.")
+
+    def _check_numbers(self):
+        probabilities = ["dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "projection_dropout_prob"]
+        for name in [*probabilities, "drop_path_rate"]:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` is no probability in [0, 1).")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be a finite number above 0.")
+        if self.layer_scale_init_value is not None and not math.isfinite(self.layer_scale_init_value):
+            raise ValueError(f"`layer_scale_init_value={self.layer_scale_init_value}` must be finite, or None.")
+
+    def _check_pooling(self):
+        blocks = self.hvt_pool or []
+        for block in blocks:
+            if not 0 <= block < self.num_hidden_layers:
+                raise ValueError(
+                    f"`hvt_pool={blocks}` names block {block}, and there are only the blocks 0 to "
+                    f"{self.num_hidden_layers - 1} (`num_hidden_layers={self.num_hidden_layers}`)."
+                )
+        if blocks != sorted(set(blocks)):
+            raise ValueError(f"`hvt_pool={blocks}` must name each block once, rising: {sorted(set(blocks))}.")
+        ratios = self.merge_ratio if isinstance(self.merge_ratio, list) else [self.merge_ratio]
+        if not all(0 < ratio <= 0.5 for ratio in ratios):
+            raise ValueError(f"`merge_ratio={self.merge_ratio}` must lie in (0, 0.5].")
+        if self.pool_mode == "merge" and isinstance(self.merge_ratio, list) and len(ratios) != len(blocks):
+            raise ValueError(
+                f"`merge_ratio={self.merge_ratio}` has {len(ratios)} entries for the {len(blocks)} blocks of "
+                f"`hvt_pool={blocks}`: give one number, or one per block."
+            )
+        self.tokens_per_stage()
+
+
+HPoolViTConfig.register_for_auto_class()
+
+__all__ = ["HPoolViTConfig"]

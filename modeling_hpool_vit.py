@@ -1,0 +1,449 @@
+"""HPool-ViT: a Vision Transformer that pools its token sequence between blocks (arXiv 2103.10619)."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_hpool_vit import HPoolViTConfig
+from .pooling_hpool_vit import POOLINGS, HPoolViTPooling, Streams, resize_positions
+
+
+class HPoolViTPatchEmbeddings(nn.Module):
+    """
+    Turns `pixel_values` of shape `(batch_size, num_channels, height, width)` into patch embeddings of shape
+    `(batch_size, rows * columns, hidden_size)`. Pixels at the right and bottom that fill no patch are left out.
+    """
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+        self.patch_shape = config.patch_shape
+        self.projection = nn.Linear(config.num_channels * math.prod(self.patch_shape), config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = nn.functional.unfold(pixel_values, self.patch_shape, stride=self.patch_shape)
+        return self.projection(patches.transpose(1, 2))
+
+
+class HPoolViTConvPatchEmbeddings(nn.Module):
+    """The same function as [`HPoolViTPatchEmbeddings`], as a convolution with stride `patch_size`."""
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_shape, config.patch_shape)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+PATCH_EMBEDDINGS = {"linear": HPoolViTPatchEmbeddings, "convolutional": HPoolViTConvPatchEmbeddings}
+
+
+class HPoolViTEmbeddings(nn.Module):
+    """Patch and position embeddings, behind an optional class token, with dropout."""
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = PATCH_EMBEDDINGS[config.patchify_technique](config)
+        self.num_prefix_tokens = int(config.use_class_token)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_class_token else None
+        num_positions = self.num_prefix_tokens + math.prod(config.patch_grid())
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def check_input(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool):
+        """Raises a `ValueError` that says what is wrong with `pixel_values` and what would do."""
+        if pixel_values is None:
+            raise ValueError(
+                "`pixel_values` is missing: pass images of shape (batch_size, num_channels, height, width)."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` has the type {pixel_values.dtype}: pass normalised floating-point images, as the "
+                "image processor returns them."
+            )
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"`pixel_values` has the shape {tuple(pixel_values.shape)}: expected (batch_size, "
+                f"{self.config.num_channels}, height, width), as `num_channels={self.config.num_channels}`."
+            )
+        size = tuple(pixel_values.shape[2:])
+        if interpolate_pos_encoding:
+            self.config.tokens_per_stage(math.prod(self.config.patch_grid(*size)))
+        elif size != self.config.image_shape:
+            raise ValueError(
+                f"`pixel_values` are images of {size[0]} × {size[1]} pixels, and the model is made for "
+                f"{self.config.image_shape[0]} × {self.config.image_shape[1]}: resize them, or pass "
+                "`interpolate_pos_encoding=True`."
+            )
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        self.check_input(pixel_values, interpolate_pos_encoding)
+        hidden_states = self.patch_embeddings(pixel_values.to(self.position_embeddings.dtype))
+        if self.cls_token is not None:
+            hidden_states = torch.cat((self.cls_token.expand(len(hidden_states), -1, -1), hidden_states), dim=1)
+        positions = self.position_embeddings
+        if interpolate_pos_encoding:
+            prefix, positions = positions.tensor_split([self.num_prefix_tokens], dim=1)
+            grid = self.config.patch_grid(*pixel_values.shape[2:])
+            positions = torch.cat((prefix, resize_positions(positions, self.config.patch_grid(), grid)), dim=1)
+        return self.dropout(hidden_states + positions)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain products, the one implementation that returns its probabilities."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+class HPoolViTAttention(nn.Module):
+    """Multi-head self-attention over hidden states of shape `(batch_size, num_tokens, hidden_size)`."""
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.projection_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = (
+            projection(hidden_states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        hidden_states, attentions = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.dropout(self.o_proj(hidden_states.flatten(2))), attentions
+
+
+class HPoolViTMLP(nn.Module):
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
+
+
+class HPoolViTLayerScale(nn.Module):
+    """A learned scale per channel (arXiv 2103.17239)."""
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((config.hidden_size,), float(config.layer_scale_init_value)))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.scale
+
+
+class HPoolViTDropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drops the branch of a whole sample with probability `drop_prob`."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return hidden_states
+        keep_prob = 1.0 - self.drop_prob
+        kept = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(keep_prob)
+        return hidden_states * kept / keep_prob
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class HPoolViTLayer(GradientCheckpointingLayer):
+    """
+    What the blocks of every `ln_order` have in common: attention A and MLP M, each branch through layer scale and drop
+    path. A block takes and returns one or two streams of hidden states, the first being those that attention reads.
+    """
+
+    num_streams = 1
+
+    def __init__(self, config: HPoolViTConfig, index: int):
+        super().__init__()
+        self.attention = HPoolViTAttention(config)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = HPoolViTMLP(config)
+        has_scale = config.layer_scale_init_value is not None
+        self.layer_scale1 = HPoolViTLayerScale(config) if has_scale else nn.Identity()
+        self.layer_scale2 = HPoolViTLayerScale(config) if has_scale else nn.Identity()
+        # Its share of `drop_path_rate`: 0 at the first block, 1 at the last.
+        self.depth = index / max(config.num_hidden_layers - 1, 1)
+        self.drop_path = HPoolViTDropPath(config.drop_path_rate * self.depth)
+
+    def attention_branch(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.drop_path(self.layer_scale1(self.attention(hidden_states, **kwargs)[0]))
+
+    def mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.drop_path(self.layer_scale2(self.mlp(hidden_states)))
+
+
+class HPoolViTPreNormLayer(HPoolViTLayer):
+    """x += A(LN1(x)); x += M(LN2(x))."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> Streams:
+        hidden_states = hidden_states + self.attention_branch(self.layernorm_before(hidden_states), **kwargs)
+        return (hidden_states + self.mlp_branch(self.layernorm_after(hidden_states)),)
+
+
+class HPoolViTPostNormLayer(HPoolViTLayer):
+    """x = LN1(x + A(x)); x = LN2(x + M(x))."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> Streams:
+        hidden_states = self.layernorm_before(hidden_states + self.attention_branch(hidden_states, **kwargs))
+        return (self.layernorm_after(hidden_states + self.mlp_branch(hidden_states)),)
+
+
+class HPoolViTResidualLayer(HPoolViTLayer):
+    """ResiDual (arXiv 2304.14802): a post-norm stream x, and a stream r that sums the branches without norm."""
+
+    num_streams = 2
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor, **kwargs) -> Streams:
+        branch = self.attention_branch(hidden_states, **kwargs)
+        residual = residual + branch
+        hidden_states = self.layernorm_before(hidden_states + branch)
+        branch = self.mlp_branch(hidden_states)
+        return self.layernorm_after(hidden_states + branch), residual + branch
+
+
+LAYERS = {"pre": HPoolViTPreNormLayer, "post": HPoolViTPostNormLayer, "residual": HPoolViTResidualLayer}
+
+
+@auto_docstring
+class HPoolViTPreTrainedModel(PreTrainedModel):
+    config: HPoolViTConfig
+    base_model_prefix = "hpool_vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HPoolViTEmbeddings", *(layer.__name__ for layer in LAYERS.values())]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        # The embeddings themselves, because the first block may already see pooled ones.
+        "hidden_states": [
+            OutputRecorder(HPoolViTEmbeddings, capture_initial_hidden_state=False),
+            OutputRecorder(HPoolViTLayer, capture_initial_hidden_state=False),
+        ],
+        "attentions": HPoolViTAttention,
+    }
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (HPoolViTEmbeddings, HPoolViTPooling)):
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            if getattr(module, "cls_token", None) is not None:
+                init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+        elif isinstance(module, HPoolViTLayerScale):
+            init.constant_(module.scale, self.config.layer_scale_init_value)
+        else:
+            super()._init_weights(module)
+
+    def update_stochastic_depth_rate(self, k: float = 0.05):
+        """
+        Raises the drop probability of block i by `i * k / (num_blocks - 1)`, which is `config.drop_path_rate + k`.
+
+        Raises:
+            ValueError: if the new rate lies outside [0, 1); nothing is changed then.
+        """
+        rate = self.config.drop_path_rate + k
+        if not 0 <= rate < 1:
+            raise ValueError(f"`k={k}` takes `drop_path_rate={self.config.drop_path_rate}` to {rate}, outside [0, 1).")
+        self.config.drop_path_rate = rate
+        for layer in self.base_model.layers:
+            layer.drop_path.drop_prob = rate * layer.depth
+
+    updateStochasticDepthRate = update_stochastic_depth_rate
+
+    def save_pretrained(self, save_directory, **kwargs):
+        # By itself Transformers lists only the class that is saved, and every Auto class shall load the folder.
+        self.config.auto_map = {
+            cls._auto_class: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
+            for cls in (HPoolViTModel, HPoolViTForImageClassification)
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+@auto_docstring
+class HPoolViTModel(HPoolViTPreTrainedModel):
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__(config)
+        # Once more, for fields assigned since the configuration was made.
+        config.validate()
+        self.embeddings = HPoolViTEmbeddings(config)
+        # Keyed by block, so that a stage keeps its weights when the schedule around it changes.
+        pooling = POOLINGS[config.pool_mode]
+        self.pooling = nn.ModuleDict(
+            {str(block): pooling(config, stage) for stage, block in enumerate(config.hvt_pool or [])}
+        )
+        layer = LAYERS[config.ln_order]
+        self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])
+        self.num_streams = layer.num_streams
+        has_layernorm = config.ln_order != "post"
+        self.layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_layernorm else nn.Identity()
+        )
+        self.post_init()
+
+    def proportional_attention_mask(self, hidden_states: torch.Tensor, sizes: torch.Tensor | None):
+        """log(size) of each key, added to its attention scores: a token weighs as much as its patches."""
+        if sizes is None or not self.config.proportional_attention:
+            return None
+        if "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"`proportional_attention=True` does not work with `attn_implementation="
+                f"{self.config._attn_implementation!r}`, which takes no scores: use 'sdpa'."
+            )
+        num_tokens = hidden_states.shape[1]
+        mask = nn.functional.pad(sizes.log().to(hidden_states.dtype), (num_tokens - sizes.shape[1], 0))
+        return mask[:, None, None].expand(-1, -1, num_tokens, -1)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        interpolate_pos_encoding = bool(interpolate_pos_encoding)
+        streams = (self.embeddings(pixel_values, interpolate_pos_encoding),) * self.num_streams
+        sizes, attention_mask = None, None  # patches per token, known once tokens merge
+        for index, layer in enumerate(self.layers):
+            if str(index) in self.pooling:
+                streams, sizes = self.pooling[str(index)](streams, sizes, interpolate_pos_encoding)
+                attention_mask = self.proportional_attention_mask(streams[0], sizes)
+            streams = layer(*streams, attention_mask=attention_mask, **kwargs)
+
+        last_hidden_state = self.layernorm(streams[-1])
+        if self.num_streams == 2:
+            last_hidden_state = streams[0] + last_hidden_state
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state, pooler_output=self.summarize(last_hidden_state, sizes)
+        )
+
+    def summarize(self, hidden_states: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
+        """The class token, or the mean over the tokens, each weighted by the patches it stands for."""
+        if self.config.use_class_token:
+            return hidden_states[:, 0]
+        if sizes is None:
+            return hidden_states.mean(1)
+        weights = (sizes / sizes.sum(1, keepdim=True)).to(hidden_states.dtype)
+        return (weights.unsqueeze(1) @ hidden_states).squeeze(1)
+
+
+@auto_docstring(
+    custom_intro="""
+    HPool-ViT with an image classification head on its pooled output: one Linear layer, or an MLP if
+    `config.classifier_hidden_size` is set.
+    """
+)
+class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.hpool_vit = HPoolViTModel(config)
+        if config.num_labels == 0:
+            self.classifier = nn.Identity()
+        elif config.classifier_hidden_size is None:
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        else:
+            self.classifier = nn.Sequential(
+                OrderedDict(
+                    dense=nn.Linear(config.hidden_size, config.classifier_hidden_size),
+                    activation=nn.Tanh(),
+                    dropout=nn.Dropout(config.dropout),
+                    out_proj=nn.Linear(config.classifier_hidden_size, config.num_labels),
+                )
+            )
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        outputs: BaseModelOutputWithPooling = self.hpool_vit(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+HPoolViTModel.register_for_auto_class("AutoModel")
+HPoolViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = ["HPoolViTForImageClassification", "HPoolViTModel", "HPoolViTPreTrainedModel"]

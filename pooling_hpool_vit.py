@@ -1,0 +1,118 @@
+"""The stages of HPool-ViT at which the token sequence gets shorter: pooling along it, or merging by similarity."""
+
+import torch
+from torch import nn
+
+from .configuration_hpool_vit import HPoolViTConfig
+
+
+# The hidden states that flow through the blocks: one stream, or two for `ln_order="residual"`. Each has the shape
+# (batch_size, num_tokens, hidden_size); attention reads the first.
+Streams = tuple[torch.Tensor, ...]
+
+
+def resize_positions(positions: torch.Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> torch.Tensor:
+    """Position embeddings of a row (linear) or a grid (bicubic) of tokens for one of another size."""
+    grid = positions.float().transpose(1, 2).unflatten(2, old)
+    grid = nn.functional.interpolate(grid, size=new, mode="bicubic" if len(new) == 2 else "linear")
+    return grid.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+class HPoolViTPooling(nn.Module):
+    """
+    Max or average pooling along the token axis, then the stage's own position embeddings (paper Section 3.2,
+    Equation 6).
+
+    Args:
+        config (`HPoolViTConfig`): the configuration of the model.
+        stage (`int`): which entry of `config.hvt_pool` this is.
+    """
+
+    def __init__(self, config: HPoolViTConfig, stage: int):
+        super().__init__()
+        self.kernel_size, self.stride = config.pool_kernel_size, config.pool_stride
+        self.reduce = {"max": torch.amax, "avg": torch.mean}[config.pool_mode]
+        self.num_prefix_tokens = int(config.use_class_token)
+        num_tokens = config.tokens_per_stage()[stage + 1]
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
+
+    def forward(
+        self, streams: Streams, sizes: torch.Tensor | None, interpolate_pos_encoding: bool = False
+    ) -> tuple[Streams, torch.Tensor | None]:
+        return tuple(self.pool(stream, interpolate_pos_encoding) for stream in streams), sizes
+
+    def pool(self, hidden_states: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+        prefix, tokens = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
+        # Windows are a view with the token axis in place: no transposed copies around the pooling.
+        tokens = self.reduce(tokens.unfold(1, self.kernel_size, self.stride), dim=-1)
+        positions = self.position_embeddings
+        if interpolate_pos_encoding:
+            positions = resize_positions(positions, (positions.shape[1],), (tokens.shape[1],))
+        tokens = tokens + positions
+        return torch.cat((prefix, tokens), dim=1) if self.num_prefix_tokens else tokens
+
+
+class HPoolViTMerging(nn.Module):
+    """
+    Pooling by similarity (after ToMe, arXiv 2210.09461, Section 3): the tokens at odd positions that are most like a
+    token at an even position join it.
+
+    Args:
+        config (`HPoolViTConfig`): the configuration of the model.
+        stage (`int`): which entry of `config.hvt_pool` this is.
+    """
+
+    def __init__(self, config: HPoolViTConfig, stage: int):
+        super().__init__()
+        self.config, self.stage = config, stage
+        self.num_prefix_tokens = int(config.use_class_token)
+
+    def forward(
+        self, streams: Streams, sizes: torch.Tensor | None, interpolate_pos_encoding: bool = False
+    ) -> tuple[Streams, torch.Tensor | None]:
+        tokens = streams[0][:, self.num_prefix_tokens :]
+        num_merged = self.config.num_merged(tokens.shape[1], self.stage)
+        if num_merged == 0:
+            return streams, sizes
+        if sizes is None:
+            sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
+        groups = find_groups(tokens, num_merged)
+        # (batch_size, groups, tokens): a product with this is deterministic on every device, a scatter is not.
+        members = groups.unsqueeze(1) == torch.arange(tokens.shape[1] - num_merged, device=groups.device).unsqueeze(1)
+        weights = members * sizes.unsqueeze(1)
+        sizes = weights.sum(-1)
+        weights = (weights / sizes.unsqueeze(-1)).to(tokens.dtype)
+        return tuple(self.merge(stream, weights) for stream in streams), sizes
+
+    def merge(self, hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        prefix, tokens = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
+        return torch.cat((prefix, weights @ tokens), dim=1)
+
+
+@torch.no_grad()
+def find_groups(tokens: torch.Tensor, num_merged: int) -> torch.Tensor:
+    """
+    Which group each token belongs to after bipartite matching.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, width)`): what is compared, by cosine similarity.
+        num_merged (`int`): how many tokens at odd positions join their best match, at most `num_tokens // 2`.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, num_tokens)`: numbers from 0 to `num_tokens - num_merged - 1`, in the
+        order in which the groups' first even or staying token stands.
+    """
+    tokens = nn.functional.normalize(tokens, dim=-1)
+    targets, sources = tokens[:, ::2], tokens[:, 1::2]
+    similarity, match = (sources @ targets.transpose(1, 2)).max(-1)
+    stays = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if num_merged == sources.shape[1]:
+        stays[:, 1::2] = False
+    else:
+        stays[:, 1::2] = stays[:, 1::2].scatter(1, similarity.topk(num_merged).indices, False)
+    groups = stays.cumsum(1) - 1
+    groups[:, 1::2] = torch.where(stays[:, 1::2], groups[:, 1::2], groups[:, ::2].gather(1, match))
+    return groups
+
+
+POOLINGS = {"max": HPoolViTPooling, "avg": HPoolViTPooling, "merge": HPoolViTMerging}

@@ -1,0 +1,29 @@
+"""Packaging of HPool-ViT: the repository root is the package `hpool_vit`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).parent
+TRAINING = ["accelerate>=1.10", "datasets>=4.0", "evaluate>=0.4.6"]
+
+setup(
+    name="hpool-vit",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text()).group(1),
+    description="HPool-ViT, the hierarchically pooled Vision Transformer, for Hugging Face Transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["hpool_vit"],
+    package_dir={"hpool_vit": "."},
+    install_requires=["torch>=2.11", "transformers>=5.17", "huggingface_hub>=1.33", "pillow"],
+    extras_require={
+        "vision": ["torchvision"],
+        "train": TRAINING,
+        "examples": ["torchvision", *TRAINING, "scikit-learn", "matplotlib"],
+        "test": ["torchvision", *TRAINING, "scikit-learn", "matplotlib", "pytest", "hypothesis", "ruff", "timm"],
+    },
+)
