@@ -302,6 +302,11 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that recipes for ViTs exempt from weight decay beside biases and norms."""
+        exempt = ("position_embeddings", "cls_token", ".scale")
+        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
+
     def update_stochastic_depth_rate(self, k: float = 0.05):
         """
         Raises the drop probability of block i by `i * k / (num_blocks - 1)`, which is `config.drop_path_rate + k`.
@@ -352,10 +357,12 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         """log(size) of each key, added to its attention scores: a token weighs as much as its patches."""
         if sizes is None or not self.config.proportional_attention:
             return None
-        if "flash" in self.config._attn_implementation:
+        attention = self.config._attn_implementation
+        # PyTorch's flex attention crashes the process where a score modification reads a tensor on the CPU.
+        if "flash" in attention or ("flex" in attention and hidden_states.device.type == "cpu"):
             raise ValueError(
-                f"`proportional_attention=True` does not work with `attn_implementation="
-                f"{self.config._attn_implementation!r}`, which takes no scores: use 'sdpa'."
+                f"`proportional_attention=True` does not work with `attn_implementation={attention!r}`"
+                f" on {hidden_states.device.type}: use 'sdpa'."
             )
         num_tokens = hidden_states.shape[1]
         mask = nn.functional.pad(sizes.log().to(hidden_states.dtype), (num_tokens - sizes.shape[1], 0))

@@ -1,0 +1,52 @@
+# Everything runs in a virtual environment of the checkout, which any target makes when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help quickstart test test-slow test-conformance test-oldest lint format clean
+
+help:
+	@echo "make quickstart        train on handwritten digits, save, load again, classify (about two minutes)"
+	@echo "make test              the test suite"
+	@echo "make test-slow         the tests that take minutes"
+	@echo "make test-conformance  the suites that Transformers runs on its own models"
+	@echo "make test-oldest       the test suite with the oldest supported versions"
+	@echo "make lint, make format ruff"
+
+$(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s: make PYTHON=python3.12 …" % sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+test-conformance: $(VENV)/.installed
+	$(BIN)/python tests/conformance/fetch_transformers_tests.py
+	$(BIN)/python -m pytest tests/conformance -m conformance
+
+# An environment of its own beside the other one.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
+	.venv-oldest/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-oldest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
