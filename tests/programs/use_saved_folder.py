@@ -1,0 +1,48 @@
+"""Loads a saved folder through every Auto class and pipeline, as a user without the package would, and prints JSON.
+
+python use_saved_folder.py FOLDER COPY       COPY: where everything is saved again
+"""
+
+import json
+import sys
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    pipeline,
+)
+
+
+folder, copy = sys.argv[1:]
+trust = {"trust_remote_code": True}
+image = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
+
+config = AutoConfig.from_pretrained(folder, **trust)
+base = AutoModel.from_pretrained(folder, **trust)
+model = AutoModelForImageClassification.from_pretrained(folder, **trust)
+processors = {
+    str(backend): AutoImageProcessor.from_pretrained(folder, backend=backend, **trust)
+    for backend in (None, "torchvision", "pil")
+    if backend != "torchvision" or sys.modules.get("torchvision", True) is not None
+}
+pixel_values = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+with torch.no_grad():
+    result = {
+        "config": type(config).__name__,
+        "logits": model(pixel_values).logits.tolist(),
+        "pooled": base(pixel_values).pooler_output.tolist(),
+        "processors": {backend: type(processor).__name__ for backend, processor in processors.items()},
+        "pixels": {b: p(image, return_tensors="pt").pixel_values.mean().item() for b, p in processors.items()},
+    }
+result["classes"] = pipeline("image-classification", model=folder, **trust)(image)
+features = pipeline("image-feature-extraction", model=folder, **trust)(image, return_tensors="pt")
+result["feature_shape"] = list(features.shape)
+
+model.save_pretrained(copy)
+processors["None"].save_pretrained(copy)
+base.save_pretrained(copy + "-base")
+print("RESULT " + json.dumps(result))

@@ -1,0 +1,118 @@
+"""What a folder made by `save_pretrained` must do for somebody who does not have the package."""
+
+import json
+
+import pytest
+import torch
+from conftest import TESTS, run_python
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+
+from hpool_vit import (
+    HPoolViTConfig,
+    HPoolViTForImageClassification,
+    HPoolViTImageProcessor,
+    HPoolViTImageProcessorPil,
+    HPoolViTModel,
+)
+
+
+CODE = {
+    "configuration_hpool_vit.py",
+    "image_processing_hpool_vit.py",
+    "modeling_hpool_vit.py",
+    "pooling_hpool_vit.py",
+}
+
+
+def use(folder, copy, *hidden: str) -> dict:
+    # Code of saved folders is cached beside the models: a home of its own shows what the folder alone can do.
+    environment = {"HF_HOME": str(copy.parent / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    program = TESTS / "programs" / "use_saved_folder.py"
+    result = run_python(program, folder, copy, hide=("hpool_vit", *hidden), env=environment, cwd=copy.parent)
+    return json.loads(result.stdout.split("RESULT ")[1])
+
+
+@pytest.mark.parametrize("hidden", [(), ("torchvision", "timm")], ids=["with torchvision", "without torchvision"])
+def test_a_saved_folder_does_everything_without_the_package_and_so_does_its_copy(saved_folder, tmp_path, hidden):
+    first = use(saved_folder, tmp_path / "copy", *hidden)
+    second = use(tmp_path / "copy", tmp_path / "copy of copy", *hidden)
+    pixel_values = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = HPoolViTForImageClassification.from_pretrained(saved_folder)(pixel_values).logits
+    assert first["logits"] == second["logits"] == expected.tolist()
+    assert first["pooled"] == second["pooled"]
+    assert first["processors"]["pil"] == "HPoolViTImageProcessorPil"
+    assert first["processors"]["None"] == "HPoolViTImageProcessor" + ("Pil" if hidden else "")
+    assert first["processors"] == second["processors"]
+    assert first["pixels"]["None"] == pytest.approx(first["pixels"]["pil"], abs=1e-2)
+    assert {answer["label"] for answer in first["classes"]} == {"ant", "bee", "cat"}
+    assert first["classes"] == second["classes"]
+    assert first["feature_shape"] == [1, 15, 32]
+    for name in ("copy", "copy of copy"):
+        assert {path.name for path in (tmp_path / name).glob("*.py")} == CODE
+    assert {path.name for path in (tmp_path / "copy-base").glob("*.py")} == CODE - {"image_processing_hpool_vit.py"}
+
+
+@pytest.mark.parametrize("cls", [HPoolViTImageProcessor, HPoolViTImageProcessorPil])
+def test_an_image_processor_alone_saves_a_complete_folder(cls, tmp_path):
+    cls().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == {
+        "image_processing_hpool_vit.py",
+        "configuration_hpool_vit.py",
+    }
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["auto_map"]["AutoImageProcessor"] == {
+        "torchvision": "image_processing_hpool_vit.HPoolViTImageProcessor",
+        "pil": "image_processing_hpool_vit.HPoolViTImageProcessorPil",
+    }
+
+
+def test_the_folder_names_every_auto_class_whichever_model_was_saved(saved_folder, tmp_path):
+    HPoolViTModel.from_pretrained(saved_folder).save_pretrained(tmp_path)
+    for folder in (saved_folder, tmp_path):
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == {
+            "AutoConfig": "configuration_hpool_vit.HPoolViTConfig",
+            "AutoModel": "modeling_hpool_vit.HPoolViTModel",
+            "AutoModelForImageClassification": "modeling_hpool_vit.HPoolViTForImageClassification",
+        }
+
+
+def test_with_the_package_imported_nothing_needs_to_be_trusted(saved_folder):
+    assert type(AutoConfig.from_pretrained(saved_folder)) is HPoolViTConfig
+    assert type(AutoModel.from_pretrained(saved_folder)) is HPoolViTModel
+    assert type(AutoModelForImageClassification.from_pretrained(saved_folder)) is HPoolViTForImageClassification
+    for backend, cls in ((None, HPoolViTImageProcessor), ("pil", HPoolViTImageProcessorPil)):
+        assert type(AutoImageProcessor.from_pretrained(saved_folder, backend=backend)) is cls
+    classifier = pipeline("image-classification", model=str(saved_folder))
+    assert type(classifier.model) is HPoolViTForImageClassification
+
+
+def test_a_model_of_either_class_loads_from_the_others_folder(saved_folder, tmp_path, pixel_values):
+    classifier = HPoolViTForImageClassification.from_pretrained(saved_folder)
+    classifier.hpool_vit.save_pretrained(tmp_path)
+    again = HPoolViTForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.hpool_vit(pixel_values)[0], classifier.hpool_vit(pixel_values)[0])
+
+
+def test_the_package_may_be_imported_twice_and_after_a_remote_code_load(saved_folder, tmp_path):
+    program = tmp_path / "import_late.py"
+    program.write_text(
+        "import importlib, sys\n"
+        "from transformers import AutoModelForImageClassification as Auto\n"
+        "remote = Auto.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert type(remote).__module__.startswith('transformers_modules')\n"
+        "import hpool_vit\n"
+        "importlib.reload(hpool_vit)\n"
+        "local = Auto.from_pretrained(sys.argv[1])\n"
+        "assert type(local) is hpool_vit.HPoolViTForImageClassification, type(local)\n"
+        "assert type(Auto.from_config(remote.config)).__module__ == type(remote).__module__\n"
+    )
+    run_python(program, saved_folder)
+
+
+def test_without_trust_the_folder_is_not_executed(saved_folder, tmp_path):
+    program = tmp_path / "no_trust.py"
+    load = "AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)"
+    program.write_text(f"import sys\nfrom transformers import AutoModel\n{load}")
+    result = run_python(program, saved_folder, hide=("hpool_vit",), check=False)
+    assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
