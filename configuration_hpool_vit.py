@@ -16,7 +16,7 @@ PATCHIFY_TECHNIQUES = ("linear", "convolutional")
 POOL_MODES = ("max", "avg", "merge")
 
 # The models of the paper (Table 1 and Section 4): all share image size 224, patch 16, 12 blocks, head width 64.
-_PRESETS = {
+PRESETS = {
     "hvt-ti-1": {"hidden_size": 192, "hvt_pool": [1]},
     "hvt-s-0": {"hidden_size": 384, "hvt_pool": None},
     "hvt-s-1": {"hidden_size": 384, "hvt_pool": [1]},
@@ -110,6 +110,9 @@ class HPoolViTConfig(PreTrainedConfig):
             Whether attention weighs a merged token by the number of patches it stands for.
         use_class_token (`bool`, defaults to `False`):
             Whether a class token, never pooled, is the pooled output instead of the mean over the tokens.
+        norm_after_pooling (`bool`, defaults to `False`):
+            Whether the final LayerNorm of `ln_order="pre"` follows the mean over the tokens instead of preceding it,
+            as in timm's models with `fc_norm`; `last_hidden_state` is without norm then.
         qkv_bias (`bool`, defaults to `True`):
             Whether the query, key and value projections have a bias.
         layer_norm_eps (`float`, defaults to 1e-6):
@@ -175,6 +178,7 @@ class HPoolViTConfig(PreTrainedConfig):
     merge_ratio: float | list[float] | tuple[float, ...] = 0.5
     proportional_attention: bool = False
     use_class_token: bool = False
+    norm_after_pooling: bool = False
     qkv_bias: bool = True
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -282,11 +286,11 @@ class HPoolViTConfig(PreTrainedConfig):
         Raises:
             ValueError: for an unknown name.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"`name={name!r}` is no preset: choose one of {', '.join(_PRESETS)}.")
-        width = _PRESETS[name]["hidden_size"]
+        if name not in PRESETS:
+            raise ValueError(f"`name={name!r}` is no preset: choose one of {', '.join(PRESETS)}.")
+        width = PRESETS[name]["hidden_size"]
         preset = {
-            **_PRESETS[name],
+            **PRESETS[name],
             "num_attention_heads": width // 64,
             "intermediate_size": 4 * width,
             "ln_order": "pre",
@@ -338,6 +342,8 @@ class HPoolViTConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown: choose one of {', '.join(choices)}.")
+        if self.norm_after_pooling and self.ln_order != "pre":
+            raise ValueError(f"`norm_after_pooling=True` needs `ln_order='pre'`, not {self.ln_order!r}.")
 
     def _check_numbers(self):
         probabilities = ["dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "projection_dropout_prob"]

@@ -264,8 +264,9 @@ class HPoolViTResidualLayer(HPoolViTLayer):
 LAYERS = {"pre": HPoolViTPreNormLayer, "post": HPoolViTPostNormLayer, "residual": HPoolViTResidualLayer}
 
 
-@auto_docstring
 class HPoolViTPreTrainedModel(PreTrainedModel):
+    """Loading, saving, initialisation and what else Transformers' models share."""
+
     config: HPoolViTConfig
     base_model_prefix = "hpool_vit"
     main_input_name = "pixel_values"
@@ -332,7 +333,12 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    HPool-ViT without a head. Its pooled output is the mean over the remaining tokens, or the class token (paper
+    Section 3.3).
+    """
+)
 class HPoolViTModel(HPoolViTPreTrainedModel):
     def __init__(self, config: HPoolViTConfig):
         super().__init__(config)
@@ -347,10 +353,10 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         layer = LAYERS[config.ln_order]
         self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])
         self.num_streams = layer.num_streams
-        has_layernorm = config.ln_order != "post"
-        self.layernorm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_layernorm else nn.Identity()
-        )
+        layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        normalises_tokens = config.ln_order != "post" and not config.norm_after_pooling
+        self.layernorm = layernorm if normalises_tokens else nn.Identity()
+        self.pooled_layernorm = layernorm if config.norm_after_pooling else nn.Identity()
         self.post_init()
 
     def proportional_attention_mask(self, hidden_states: torch.Tensor, sizes: torch.Tensor | None):
@@ -377,6 +383,13 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+            Normalised images, as the image processor returns them.
+        interpolate_pos_encoding (`bool`, *optional*):
+            Whether to resize the position embeddings to the images, which may then have any size that leaves at least
+            one token. Otherwise another size than `config.image_size` is a `ValueError`.
+        """
         interpolate_pos_encoding = bool(interpolate_pos_encoding)
         streams = (self.embeddings(pixel_values, interpolate_pos_encoding),) * self.num_streams
         sizes, attention_mask = None, None  # patches per token, known once tokens merge
@@ -390,7 +403,8 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         if self.num_streams == 2:
             last_hidden_state = streams[0] + last_hidden_state
         return BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state, pooler_output=self.summarize(last_hidden_state, sizes)
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.pooled_layernorm(self.summarize(last_hidden_state, sizes)),
         )
 
     def summarize(self, hidden_states: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
@@ -438,6 +452,13 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+            Normalised images, as the image processor returns them.
+        interpolate_pos_encoding (`bool`, *optional*):
+            Whether to resize the position embeddings to the images, which may then have any size that leaves at least
+            one token. Otherwise another size than `config.image_size` is a `ValueError`.
+        """
         outputs: BaseModelOutputWithPooling = self.hpool_vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )
