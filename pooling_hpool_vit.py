@@ -20,8 +20,7 @@ def resize_positions(positions: torch.Tensor, old: tuple[int, ...], new: tuple[i
 
 class HPoolViTPooling(nn.Module):
     """
-    Max or average pooling along the token axis, then the stage's own position embeddings (paper Section 3.2,
-    Equation 6).
+    Max or average pooling along the token axis, then the stage's own position embeddings (paper Section 3.2).
 
     Args:
         config (`HPoolViTConfig`): the configuration of the model.
@@ -54,8 +53,9 @@ class HPoolViTPooling(nn.Module):
 
 class HPoolViTMerging(nn.Module):
     """
-    Pooling by similarity (after ToMe, arXiv 2210.09461, Section 3): the tokens at odd positions that are most like a
-    token at an even position join it.
+    Pooling by similarity (after ToMe, arXiv 2210.09461, Section 3): the tokens at odd positions that are nearest to a
+    token at an even position join it. ToMe merges in every block by the cosine of keys; for a few stages the distance
+    of hidden states, which is what a merge loses, keeps more of a trained model (docs/results/warm_start.md).
 
     Args:
         config (`HPoolViTConfig`): the configuration of the model.
@@ -95,21 +95,27 @@ def find_groups(tokens: torch.Tensor, num_merged: int) -> torch.Tensor:
     Which group each token belongs to after bipartite matching.
 
     Args:
-        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, width)`): what is compared, by cosine similarity.
-        num_merged (`int`): how many tokens at odd positions join their best match, at most `num_tokens // 2`.
+        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, width)`): what is compared, by Euclidean distance.
+        num_merged (`int`): how many tokens at odd positions join their nearest one at an even position, those at the
+            smallest distance; at most `num_tokens // 2`.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, num_tokens)`: numbers from 0 to `num_tokens - num_merged - 1`, in the
         order in which the groups' first even or staying token stands.
     """
-    tokens = nn.functional.normalize(tokens, dim=-1)
+    # Distances do not change when the mean goes, and small numbers keep them precise in half precision.
+    tokens = tokens.float()
+    tokens = tokens - tokens.mean(1, keepdim=True)
+    squares = tokens.square().sum(-1)
     targets, sources = tokens[:, ::2], tokens[:, 1::2]
-    similarity, match = (sources @ targets.transpose(1, 2)).max(-1)
+    # What of the negative squared distance depends on the target chooses it; the rest only ranks the sources.
+    nearness, match = (2 * sources @ targets.transpose(1, 2) - squares[:, None, ::2]).max(-1)
+    nearness = nearness - squares[:, 1::2]
     stays = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if num_merged == sources.shape[1]:
         stays[:, 1::2] = False
     else:
-        stays[:, 1::2] = stays[:, 1::2].scatter(1, similarity.topk(num_merged).indices, False)
+        stays[:, 1::2] = stays[:, 1::2].scatter(1, nearness.topk(num_merged).indices, False)
     groups = stays.cumsum(1) - 1
     groups[:, 1::2] = torch.where(stays[:, 1::2], groups[:, 1::2], groups[:, ::2].gather(1, match))
     return groups
