@@ -1,6 +1,9 @@
 """HPool-ViT, the hierarchically pooled Vision Transformer, for Hugging Face Transformers."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+# Not from the top level, where Transformers 5.17 has a stand-in for it on machines without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_hpool_vit import HPoolViTConfig
 from .image_processing_hpool_vit import HPoolViTImageProcessor, HPoolViTImageProcessorPil

@@ -24,6 +24,9 @@ setup(
         "vision": ["torchvision"],
         "train": TRAINING,
         "examples": ["torchvision", *TRAINING, "scikit-learn", "matplotlib"],
-        "test": ["torchvision", *TRAINING, "scikit-learn", "matplotlib", "pytest", "hypothesis", "ruff", "timm"],
+        "test": [
+            *["torchvision", *TRAINING, "scikit-learn", "matplotlib"],
+            *["pytest", "hypothesis", "parameterized", "ruff", "timm"],
+        ],
     },
 )

@@ -116,3 +116,9 @@ def test_without_trust_the_folder_is_not_executed(saved_folder, tmp_path):
     program.write_text(f"import sys\nfrom transformers import AutoModel\n{load}")
     result = run_python(program, saved_folder, hide=("hpool_vit",), check=False)
     assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
+
+
+def test_the_package_imports_without_torchvision(tmp_path):
+    program = tmp_path / "import_alone.py"
+    program.write_text("import hpool_vit\nprint(hpool_vit.HPoolViTImageProcessorPil().backend)")
+    assert run_python(program, hide=("torchvision", "timm")).stdout == "pil\n"

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     pipeline,
 )
+
+# Not from the top level, where Transformers 5.17 has a stand-in for it on machines without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 folder, copy = sys.argv[1:]
