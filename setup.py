@@ -7,7 +7,7 @@ from setuptools import setup
 
 
 ROOT = Path(__file__).parent
-TRAINING = ["accelerate>=1.10", "datasets>=4.0", "evaluate>=0.4.6"]
+TRAINING = ["accelerate>=1.10", "datasets>=4.4", "evaluate>=0.4.6"]
 
 setup(
     name="hpool-vit",
@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.11",
     packages=["hpool_vit"],
     package_dir={"hpool_vit": "."},
-    install_requires=["torch>=2.11", "transformers>=5.17", "huggingface_hub>=1.33", "pillow"],
+    install_requires=["torch>=2.11", "transformers>=5.17", "huggingface_hub>=1.5", "pillow"],
     extras_require={
         "vision": ["torchvision"],
         "train": TRAINING,

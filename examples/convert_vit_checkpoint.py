@@ -154,7 +154,8 @@ def convert_vit(
 
 def read_source(model_name_or_path: str, use_ema: bool = False) -> Source:
     """Reads a trained ViT from a file, a folder or the Hub; arguments and errors as for [`convert_vit`]."""
-    if Path(model_name_or_path).suffix in FILE_SUFFIXES:
+    path = Path(model_name_or_path)
+    if path.is_file() or path.suffix in FILE_SUFFIXES:
         return _read_timm(read_checkpoint(model_name_or_path, use_ema), {})
     config = read_json(cached_file(model_name_or_path, "config.json"))
     if config.get("model_type") in MODEL_TYPES:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
-from hpool_vit.configuration_hpool_vit import PRESETS as PRESETS
+from hpool_vit.configuration_hpool_vit import PRESETS
 
 
 def model_stats(config: HPoolViTConfig) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_conversion import ConversionError, write_folder
-from conftest import EXAMPLES, run_python
 from convert_hvt_checkpoint import convert_hvt, main
+from helpers import EXAMPLES, run_python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 from checkpoint_conversion import ConversionError
-from conftest import EXAMPLES, run_python
 from convert_vit_checkpoint import MERGE_DEFAULTS, convert_source, convert_vit, main, read_source
+from helpers import EXAMPLES, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn

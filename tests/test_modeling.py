@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from helpers import tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer

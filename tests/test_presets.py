@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import EXAMPLES, run_python, tiny_config
+from helpers import EXAMPLES, run_python, tiny_config
 from model_stats import format_stats, load_config, main, model_stats
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification

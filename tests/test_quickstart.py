@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from conftest import EXAMPLES, run_python
 from digits import load_digits_dataset
+from helpers import EXAMPLES, run_python
 from PIL import Image
 from quickstart import claim_output_dir
 

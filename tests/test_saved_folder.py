@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TESTS, run_python
+from helpers import TESTS, run_python
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from hpool_vit import (

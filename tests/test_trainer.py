@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TESTS, run_python, tiny_model
+from helpers import TESTS, run_python, tiny_model
 
 from hpool_vit import HPoolViTImageProcessor
 

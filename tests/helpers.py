@@ -1,0 +1,48 @@
+"""What the tests share: tiny models, and processes that do not know the package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
+
+
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
+
+
+def tiny_config(**overrides) -> HPoolViTConfig:
+    """Four blocks of width 32 on images of 32 × 32; the stages have 64, 31 and 15 tokens."""
+    tiny = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 32,
+        "patch_size": 4,
+        "hvt_pool": [1, 3],
+        "num_labels": 3,
+    }
+    return HPoolViTConfig(**{**tiny, **overrides})
+
+
+def tiny_model(seed: int = 0, **overrides) -> HPoolViTForImageClassification:
+    """A tiny model in evaluation mode whose weights are large enough to make every part of it count."""
+    torch.manual_seed(seed)
+    return HPoolViTForImageClassification(tiny_config(**{"initializer_range": 0.2, **overrides})).eval()
+
+
+def run_python(*args, hide: tuple[str, ...] = (), check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    """Runs Python on `args` in a fresh process in which the modules in `hide` cannot be imported."""
+    command = list(map(str, args))
+    if hide:
+        hiding = "; ".join(f"sys.modules[{name!r}] = None" for name in hide)
+        program = (
+            f"import runpy, sys; {hiding}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        command = ["-c", program, *command]
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, **kwargs)
+    assert not check or result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    return result
