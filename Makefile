@@ -34,10 +34,13 @@ test-conformance: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/conformance -m conformance
 
 # An environment of its own beside the other one.
-test-oldest:
+.venv-oldest/.installed: setup.py constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
+	touch $@
+
+test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest
 
 lint: $(VENV)/.installed

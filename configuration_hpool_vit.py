@@ -175,13 +175,13 @@ class HPoolViTConfig(PreTrainedConfig):
     pool_mode: str = "max"
     pool_kernel_size: int = 3
     pool_stride: int = 2
-    merge_ratio: float | list[float] | tuple[float, ...] = 0.5
+    merge_ratio: float | int | list[float] | tuple[float, ...] = 0.5
     proportional_attention: bool = False
     use_class_token: bool = False
     norm_after_pooling: bool = False
     qkv_bias: bool = True
-    layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    layer_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
         defaults = {f.name: f.default for f in fields(self)}
@@ -189,13 +189,18 @@ class HPoolViTConfig(PreTrainedConfig):
             if alias not in kwargs:
                 continue
             value = kwargs.pop(alias)
-            given = kwargs.get(name, getattr(self, name))
+            given = kwargs.get(name, value) if name == "num_labels" else getattr(self, name)
             if given not in (value, defaults.get(name)):
                 raise ValueError(f"`{name}={given!r}` and `{alias}={value!r}` name the same field: give only one.")
             if name == "num_labels":
                 kwargs[name] = value
             else:
                 setattr(self, name, value)
+        if kwargs.get("num_labels", 0) is None:
+            del kwargs["num_labels"]
+        num_labels = kwargs.get("num_labels", 0)
+        if type(num_labels) is not int or num_labels < 0:
+            raise ValueError(f"`num_labels={num_labels!r}` must be a whole number, at least 0 (no classifier).")
         # Last, whatever the order of the keywords: switching stochastic depth off wins over its rate.
         if kwargs.pop("stochastic_depth", True) is False:
             self.drop_path_rate = 0.0
@@ -207,11 +212,18 @@ class HPoolViTConfig(PreTrainedConfig):
         # One type per field, so that a configuration equals the one read back from its JSON.
         if key in ("image_size", "patch_size") and isinstance(value, list):
             value = tuple(value)
-        elif key in ("hvt_pool", "merge_ratio") and isinstance(value, tuple):
-            value = list(value)
+        elif key in ("hvt_pool", "merge_ratio") and isinstance(value, list | tuple):
+            value = list(value)  # also a copy, which nobody else can change
         elif key == "drop_path_rate" and value is None:
             value = 0.0
         super().__setattr__(key, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        result = super().from_dict(config_dict, **kwargs)
+        # The overrides in `kwargs` were assigned one by one, and must fit each other.
+        (result[0] if isinstance(result, tuple) else result).validate()
+        return result
 
     @property
     def stochastic_depth(self) -> bool:
@@ -367,7 +379,7 @@ class HPoolViTConfig(PreTrainedConfig):
         if blocks != sorted(set(blocks)):
             raise ValueError(f"`hvt_pool={blocks}` must name each block once, rising: {sorted(set(blocks))}.")
         ratios = self.merge_ratio if isinstance(self.merge_ratio, list) else [self.merge_ratio]
-        if not all(0 < ratio <= 0.5 for ratio in ratios):
+        if not all(0 < ratio <= 0.5 for ratio in ratios) or (self.merge_ratio == [] and blocks):
             raise ValueError(f"`merge_ratio={self.merge_ratio}` must lie in (0, 0.5].")
         if self.pool_mode == "merge" and isinstance(self.merge_ratio, list) and len(ratios) != len(blocks):
             raise ValueError(

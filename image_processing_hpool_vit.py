@@ -46,7 +46,15 @@ class HPoolViTImageProcessing:
         Args:
             config (`HPoolViTConfig`): the configuration of the model.
             kwargs: attributes that shall differ, such as `image_mean`.
+
+        Raises:
+            ValueError: for a model of other than RGB images, unless `do_convert_rgb=False` is among `kwargs`.
         """
+        if config.num_channels != 3 and kwargs.get("do_convert_rgb", cls.do_convert_rgb):
+            raise ValueError(
+                f"`num_channels={config.num_channels}`, and the image processor gives 3 channels: pass "
+                "`do_convert_rgb=False`, and `image_mean` and `image_std` of as many numbers."
+            )
         height, width = config.image_shape
         kwargs.setdefault("size", {"shortest_edge": round(max(height, width) * 256 / 224)})
         kwargs.setdefault("crop_size", {"height": height, "width": width})
@@ -108,22 +116,25 @@ def to_rgb(image: ImageInput, input_data_format: str | ChannelDimension | None =
             image = image.convert("RGBA" if has_alpha else "RGB")
         input_data_format = ChannelDimension.LAST
     if not isinstance(image, torch.Tensor):
-        # A copy, because PyTorch takes neither read-only nor flipped arrays.
-        image = torch.from_numpy(to_numpy_array(image).copy())
+        # A copy in this machine's byte order: PyTorch takes neither read-only nor flipped nor foreign arrays.
+        image = to_numpy_array(image)
+        image = torch.from_numpy(image.astype(image.dtype.newbyteorder("="), order="C"))
     if image.ndim == 2:
         image, input_data_format = image[None], ChannelDimension.FIRST
     if input_data_format is None:
         input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
     if input_data_format == ChannelDimension.LAST:
         image = image.movedim(-1, 0)
-    if not image.is_floating_point() and image.dtype != torch.uint8:
+    if image.dtype == torch.bool:
+        image = image.to(torch.uint8) * 255
+    elif not image.is_floating_point() and image.dtype != torch.uint8:
         is_16_bit = image.dtype == torch.uint16 or image.max() > 255
         image = (image.float() / (257 if is_16_bit else 1)).round().to(torch.uint8)
     if image.shape[0] == 4:
-        white = 1.0 if image.is_floating_point() else 255.0
+        white = 1.0 if image.is_floating_point() and image.max() <= 1 else 255.0
         color, alpha = image[:3].float(), image[3:].float() / white
         color = color * alpha + white * (1 - alpha)
-        image = (color if image.is_floating_point() else color.round()).to(image.dtype)
+        image = (color if white == 1.0 else color.round()).to(image.dtype)
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 

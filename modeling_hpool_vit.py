@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -65,9 +66,10 @@ class HPoolViTEmbeddings(nn.Module):
 
     def check_input(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool):
         """Raises a `ValueError` that says what is wrong with `pixel_values` and what would do."""
-        if pixel_values is None:
+        if not isinstance(pixel_values, torch.Tensor):
             raise ValueError(
-                "`pixel_values` is missing: pass images of shape (batch_size, num_channels, height, width)."
+                f"`pixel_values` is missing or no tensor ({type(pixel_values).__name__}): pass images of shape "
+                "(batch_size, num_channels, height, width)."
             )
         if not pixel_values.is_floating_point():
             raise ValueError(
@@ -93,7 +95,7 @@ class HPoolViTEmbeddings(nn.Module):
         self.check_input(pixel_values, interpolate_pos_encoding)
         hidden_states = self.patch_embeddings(pixel_values.to(self.position_embeddings.dtype))
         if self.cls_token is not None:
-            hidden_states = torch.cat((self.cls_token.expand(len(hidden_states), -1, -1), hidden_states), dim=1)
+            hidden_states = torch.cat((self.cls_token.expand(hidden_states.shape[0], -1, -1), hidden_states), dim=1)
         positions = self.position_embeddings
         if interpolate_pos_encoding:
             prefix, positions = positions.tensor_split([self.num_prefix_tokens], dim=1)
@@ -197,7 +199,8 @@ class HPoolViTDropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return hidden_states
         keep_prob = 1.0 - self.drop_prob
-        kept = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(keep_prob)
+        # A comparison, because `bernoulli_` would be compiled anew for every probability.
+        kept = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) < keep_prob
         return hidden_states * kept / keep_prob
 
     def extra_repr(self) -> str:
@@ -315,7 +318,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if the new rate lies outside [0, 1); nothing is changed then.
         """
-        rate = self.config.drop_path_rate + k
+        rate = round(self.config.drop_path_rate + k, 12)  # or sums such as 0.3 - 0.1 - 0.2 would fall below 0
         if not 0 <= rate < 1:
             raise ValueError(f"`k={k}` takes `drop_path_rate={self.config.drop_path_rate}` to {rate}, outside [0, 1).")
         self.config.drop_path_rate = rate
@@ -324,13 +327,16 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
     updateStochasticDepthRate = update_stochastic_depth_rate
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         # By itself Transformers lists only the class that is saved, and every Auto class shall load the folder.
         self.config.auto_map = {
             cls._auto_class: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
             for cls in (HPoolViTModel, HPoolViTForImageClassification)
         }
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        # By itself Transformers copies the code of the model's own class, which may be a user's subclass.
+        if is_main_process:
+            custom_object_save(HPoolViTForImageClassification, save_directory)
 
 
 @auto_docstring(
@@ -390,6 +396,8 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
             Whether to resize the position embeddings to the images, which may then have any size that leaves at least
             one token. Otherwise another size than `config.image_size` is a `ValueError`.
         """
+        if kwargs.pop("attention_mask", None) is not None:
+            raise ValueError("HPool-ViT takes no `attention_mask`: every token is attended to. Leave it out.")
         interpolate_pos_encoding = bool(interpolate_pos_encoding)
         streams = (self.embeddings(pixel_values, interpolate_pos_encoding),) * self.num_streams
         sizes, attention_mask = None, None  # patches per token, known once tokens merge
@@ -414,7 +422,7 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         if sizes is None:
             return hidden_states.mean(1)
         weights = (sizes / sizes.sum(1, keepdim=True)).to(hidden_states.dtype)
-        return (weights.unsqueeze(1) @ hidden_states).squeeze(1)
+        return (weights.unsqueeze(-1) * hidden_states).sum(1)
 
 
 @auto_docstring(
@@ -460,7 +468,7 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
             one token. Otherwise another size than `config.image_size` is a `ValueError`.
         """
         outputs: BaseModelOutputWithPooling = self.hpool_vit(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None

@@ -76,17 +76,19 @@ class HPoolViTMerging(nn.Module):
             return streams, sizes
         if sizes is None:
             sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
-        groups = find_groups(tokens, num_merged)
-        # (batch_size, groups, tokens): a product with this is deterministic on every device, a scatter is not.
-        members = groups.unsqueeze(1) == torch.arange(tokens.shape[1] - num_merged, device=groups.device).unsqueeze(1)
-        weights = members * sizes.unsqueeze(1)
-        sizes = weights.sum(-1)
-        weights = (weights / sizes.unsqueeze(-1)).to(tokens.dtype)
-        return tuple(self.merge(stream, weights) for stream in streams), sizes
+        # Under autocast the products below would round what they only pass on, and misjudge distances.
+        with torch.autocast(tokens.device.type, enabled=False):
+            groups = find_groups(tokens, num_merged)
+            numbers = torch.arange(tokens.shape[1] - num_merged, device=groups.device)
+            # (batch_size, groups, tokens): a product with this is deterministic on every device, a scatter is not.
+            weights = (groups.unsqueeze(1) == numbers.unsqueeze(1)) * sizes.unsqueeze(1)
+            sizes = weights.sum(-1)
+            weights = weights / sizes.unsqueeze(-1)
+            return tuple(self.merge(stream, weights) for stream in streams), sizes
 
     def merge(self, hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         prefix, tokens = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
-        return torch.cat((prefix, weights @ tokens), dim=1)
+        return torch.cat((prefix, weights.to(tokens.dtype) @ tokens), dim=1)
 
 
 @torch.no_grad()
@@ -115,7 +117,7 @@ def find_groups(tokens: torch.Tensor, num_merged: int) -> torch.Tensor:
     if num_merged == sources.shape[1]:
         stays[:, 1::2] = False
     else:
-        stays[:, 1::2] = stays[:, 1::2].scatter(1, nearness.topk(num_merged).indices, False)
+        stays[:, 1::2] = stays[:, 1::2].scatter(1, nearness.topk(num_merged).indices, 0)
     groups = stays.cumsum(1) - 1
     groups[:, 1::2] = torch.where(stays[:, 1::2], groups[:, 1::2], groups[:, ::2].gather(1, match))
     return groups

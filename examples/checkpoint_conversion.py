@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,20 @@ def parameter_shapes(config: HPoolViTConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = HPoolViTForImageClassification(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def resolve_overrides(config_overrides: dict[str, Any]) -> dict[str, Any]:
+    """
+    Fields of the configuration under their own names.
+
+    Raises:
+        ConversionError: for a name that the configuration does not have.
+    """
+    known = {field.name for field in fields(HPoolViTConfig)} | {"num_labels"}
+    overrides = {HPoolViTConfig.attribute_map.get(name, name): value for name, value in config_overrides.items()}
+    if unknown := overrides.keys() - known:
+        raise ConversionError(f"`{min(unknown)}` is no field of the configuration: see `HPoolViTConfig`.")
+    return overrides
 
 
 def infer_heads(width: int) -> int:

@@ -26,6 +26,7 @@ from checkpoint_conversion import (
     read_checkpoint,
     read_labels,
     refuse,
+    resolve_overrides,
     run,
     timm_name,
     write_folder,
@@ -70,7 +71,7 @@ def convert_hvt(
     checkpoint = read_checkpoint(checkpoint_path, use_ema, hvt_name)
     refuse(checkpoint, STRANGERS)
     report = ConversionReport()
-    overrides = {HPoolViTConfig.attribute_map.get(name, name): value for name, value in config_overrides.items()}
+    overrides = resolve_overrides(config_overrides)
     return build_model(build_config(checkpoint, overrides, report), checkpoint), report
 
 

@@ -33,6 +33,7 @@ from checkpoint_conversion import (
     read_json,
     read_labels,
     refuse,
+    resolve_overrides,
     run,
     write_folder,
 )
@@ -155,7 +156,7 @@ def convert_vit(
 def read_source(model_name_or_path: str, use_ema: bool = False) -> Source:
     """Reads a trained ViT from a file, a folder or the Hub; arguments and errors as for [`convert_vit`]."""
     path = Path(model_name_or_path)
-    if path.is_file() or path.suffix in FILE_SUFFIXES:
+    if path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir()):
         return _read_timm(read_checkpoint(model_name_or_path, use_ema), {})
     config = read_json(cached_file(model_name_or_path, "config.json"))
     if config.get("model_type") in MODEL_TYPES:
@@ -248,7 +249,7 @@ def convert_source(
     """As [`convert_vit`], for a source that has been read; it is used up."""
     if stage_positions not in STAGE_POSITIONS:
         raise ValueError(f"`stage_positions={stage_positions!r}` is unknown: choose {' or '.join(STAGE_POSITIONS)}.")
-    overrides = {HPoolViTConfig.attribute_map.get(name, name): value for name, value in config_overrides.items()}
+    overrides = resolve_overrides(config_overrides)
     report = ConversionReport(notes=list(source.notes))
     refuse(source.checkpoint, STRANGERS)
     positions = split_positions(source, overrides.get("image_size"), report)
@@ -444,8 +445,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_labels", type=int, help="another number than the source's makes a new head")
     parser.add_argument("--labels", metavar="FILE", help="class names, one per line")
     parser.add_argument("--image_size", type=int, nargs="+", metavar="PIXELS", help="one number, or height and width")
-    parser.add_argument("--image_mean", type=float, nargs="+", help="where the source does not tell it")
-    parser.add_argument("--image_std", type=float, nargs="+", help="where the source does not tell it")
+    parser.add_argument("--image_mean", type=float, nargs=3, metavar="RGB", help="where the source does not tell it")
+    parser.add_argument("--image_std", type=float, nargs=3, metavar="RGB", help="where the source does not tell it")
     parser.add_argument("--num_attention_heads", type=int, help="where the source does not tell it")
     parser.add_argument("--use_ema", action="store_true", help="take the moving average of a training checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of new tensors")
@@ -477,7 +478,7 @@ def main(argv: list[str] | None = None):
     source = read_source(args.model_name_or_path, args.use_ema)
     model, report = convert_source(source, args.stage_positions, **overrides)
     given = {name: getattr(args, name) for name in ("image_mean", "image_std") if getattr(args, name) is not None}
-    if source.image_processor is None and not given:
+    if source.image_processor is None and len(given) < 2:
         report.notes.append("Assumed ImageNet's mean and standard deviation of the pixels: see `--image_mean`.")
     write_folder(args.output_dir, model, image_processor_for(source, model.config, **given))
     print(report)

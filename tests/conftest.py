@@ -24,6 +24,12 @@ def seeded():
 
 
 @pytest.fixture
+def fresh_compiler():
+    """`torch.compile` counts compilations per line of code over a whole process: this starts at none."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def pixel_values() -> torch.Tensor:
     return torch.randn(2, 3, 32, 32)
 

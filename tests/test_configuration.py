@@ -155,3 +155,30 @@ def test_a_preset_takes_overrides_under_either_name():
     config = HPoolViTConfig.from_preset("hvt-s-3", d_model=192, encoder_num_heads=3, num_classes=5, hvt_pool=None)
     assert (config.hidden_size, config.num_attention_heads, config.num_labels) == (192, 3, 5)
     assert config.hvt_pool is None and config.ln_order == "pre" and config.patchify_technique == "convolutional"
+
+
+def test_a_configuration_keeps_its_own_copy_of_the_schedule():
+    HPoolViTConfig.from_preset("hvt-s-1").hvt_pool.append(3)
+    assert HPoolViTConfig.from_preset("hvt-s-1").hvt_pool == [1]
+    schedule = [1, 2]
+    config = HPoolViTConfig(hvt_pool=schedule)
+    schedule.append(50)
+    assert config.hvt_pool == [1, 2]
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "x"])
+@pytest.mark.parametrize("name", ["num_labels", "num_classes"])
+def test_a_number_of_labels_that_is_none_is_refused(name, value):
+    with pytest.raises(ValueError, match="num_labels="):
+        HPoolViTConfig(**{name: value})
+
+
+def test_no_number_of_labels_means_the_default():
+    assert HPoolViTConfig(num_classes=None).num_labels == HPoolViTConfig(num_labels=None).num_labels == 2
+
+
+def test_overrides_that_do_not_fit_the_saved_fields_are_refused_when_loading(tmp_path):
+    HPoolViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="hidden_size=97"):
+        HPoolViTConfig.from_pretrained(tmp_path, hidden_size=97)
+    assert HPoolViTConfig.from_pretrained(tmp_path, hvt_pool=None).hvt_pool is None

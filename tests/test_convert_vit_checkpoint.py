@@ -492,3 +492,9 @@ def test_the_command_makes_a_folder_that_a_process_without_the_package_loads(tmp
     run_python(program, tmp_path / "out", batch, answer, hide=("hpool_vit",))
     with torch.no_grad():
         torch.testing.assert_close(load_file(answer)["logits"], theirs(pixel_values), rtol=0, atol=1e-5)
+
+
+def test_a_misspelt_field_is_refused(tmp_path):
+    path = save(timm_model(), tmp_path / "timm.safetensors")
+    with pytest.raises(ValueError, match="`poolmode` is no field"):
+        convert_vit(path, poolmode="merge", num_attention_heads=2)

@@ -120,3 +120,27 @@ def test_saving_keeps_every_attribute(cls, tmp_path):
     loaded = cls.from_pretrained(tmp_path)
     for name in ("size", "crop_size", "image_mean", "image_std", "resample", "do_center_crop", "do_convert_rgb"):
         assert getattr(loaded, name) == getattr(processor, name), name
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_arrays_of_other_types_mean_the_same_image(cls, photo):
+    pixels = np.dstack([np.asarray(photo), np.asarray(photo.convert("L"))])
+    expected = cls()(pixels, return_tensors="pt").pixel_values
+    as_float = cls()(pixels.astype(np.float32), return_tensors="pt").pixel_values
+    torch.testing.assert_close(as_float, expected, atol=0.1, rtol=0)
+    big_endian = (pixels[..., :3].astype(np.uint16) * 257).astype(">u2")
+    rgb = cls()(pixels[..., :3], return_tensors="pt").pixel_values
+    torch.testing.assert_close(cls()(big_endian, return_tensors="pt").pixel_values, rgb)
+    mask = pixels[..., 0] > 127
+    white = cls()(mask.astype(np.uint8) * 255, return_tensors="pt").pixel_values
+    torch.testing.assert_close(cls()(mask, return_tensors="pt").pixel_values, white)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_a_model_of_other_than_rgb_images_needs_a_decision(cls):
+    config = tiny_config(num_channels=1)
+    with pytest.raises(ValueError, match=r"num_channels=1.*do_convert_rgb=False"):
+        cls.for_config(config)
+    processor = cls.for_config(config, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
+    grey = np.zeros((40, 40), dtype=np.uint8)
+    assert processor(grey, return_tensors="pt").pixel_values.shape == (1, 1, 32, 32)

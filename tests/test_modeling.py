@@ -5,16 +5,22 @@ import pytest
 import torch
 from helpers import tiny_config, tiny_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from transformers import Trainer
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTModel
+from hpool_vit.pooling_hpool_vit import HPoolViTMerging
 
 
 LN_ORDERS = ("pre", "post", "residual")
+MERGE = {"pool_mode": "merge", "merge_ratio": 0.3}
+PROPORTIONAL = {"proportional_attention": True}
 
 
-def plain_attention(weights: dict[str, torch.Tensor], prefix: str, x: torch.Tensor, heads: int) -> torch.Tensor:
+def plain_attention(
+    weights: dict[str, torch.Tensor], prefix: str, x: torch.Tensor, heads: int, bias: torch.Tensor | float
+) -> torch.Tensor:
     def project(name, y):
         return y @ weights[f"{prefix}.{name}.weight"].T + weights[f"{prefix}.{name}.bias"]
 
@@ -23,7 +29,7 @@ def plain_attention(weights: dict[str, torch.Tensor], prefix: str, x: torch.Tens
         project(name, x).reshape(batch_size, tokens, heads, width // heads).permute(0, 2, 1, 3)
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(width // heads)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(width // heads) + bias
     mixed = torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
     return project("o_proj", mixed.permute(0, 2, 1, 3).reshape(batch_size, tokens, width))
 
@@ -39,6 +45,17 @@ def plain_pool(x: torch.Tensor, mode: str) -> torch.Tensor:
     return torch.stack([w.max(1).values if mode == "max" else w.mean(1) for w in windows], dim=1)
 
 
+def plain_merge(x: torch.Tensor, r: torch.Tensor, sizes: torch.Tensor, ratio: float) -> tuple[torch.Tensor, ...]:
+    """For one image: tokens of shape `(num_tokens, width)` of both streams, and patches per token."""
+    distances = (x[:, None] - x[None]).square().sum(-1)
+    targets = range(0, len(x), 2)
+    nearest = {odd: min(targets, key=lambda even: distances[odd, even].item()) for odd in range(1, len(x), 2)}
+    joining = sorted(nearest, key=lambda odd: distances[odd, nearest[odd]].item())[: math.floor(ratio * len(x))]
+    groups = [[i] + [odd for odd in joining if nearest[odd] == i] for i in range(len(x)) if i not in joining]
+    x, r = (torch.stack([(y[g] * sizes[g, None]).sum(0) / sizes[g].sum() for g in groups]) for y in (x, r))
+    return x, r, torch.stack([sizes[g].sum() for g in groups])
+
+
 def plain_forward(model: HPoolViTForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
     """The logits, written down once more from the equations: no modules, one line per formula."""
     config = model.config
@@ -49,16 +66,29 @@ def plain_forward(model: HPoolViTForImageClassification, pixel_values: torch.Ten
     ]
     kernel = weights["embeddings.patch_embeddings.projection.weight"].reshape(config.hidden_size, -1)
     x = torch.stack(rows, 1) @ kernel.T + weights["embeddings.patch_embeddings.projection.bias"]
+    first = int(config.use_class_token)
+    if first:
+        x = torch.cat([weights["embeddings.cls_token"].repeat(len(x), 1, 1), x], 1)
     x = r = x + weights["embeddings.position_embeddings"]
+    sizes, bias = torch.ones(len(x), x.shape[1] - first), 0.0
     for index in range(config.num_hidden_layers):
         if index in (config.hvt_pool or []):
-            positions = weights[f"pooling.{index}.position_embeddings"]
-            x, r = (plain_pool(stream, config.pool_mode) + positions for stream in (x, r))
+            prefixes, bodies = [y[:, :first] for y in (x, r)], [y[:, first:] for y in (x, r)]
+            if config.pool_mode == "merge":
+                images = [plain_merge(*image, config.merge_ratio) for image in zip(*bodies, sizes, strict=True)]
+                *bodies, sizes = (torch.stack(parts) for parts in zip(*images, strict=True))
+                if config.proportional_attention:
+                    bias = torch.cat([torch.zeros(len(x), first), sizes.log()], 1)[:, None, None]
+            else:
+                positions = weights[f"pooling.{index}.position_embeddings"]
+                bodies = [plain_pool(body, config.pool_mode) + positions for body in bodies]
+                sizes = torch.ones(len(x), positions.shape[1])  # each token counts alike
+            x, r = (torch.cat(parts, 1) for parts in zip(prefixes, bodies, strict=True))
         block = f"layers.{index}"
         scale1, scale2 = (weights.get(f"{block}.layer_scale{i}.scale", 1.0) for i in (1, 2))
 
-        def attention(y, block=block, scale=scale1):
-            return scale * plain_attention(weights, f"{block}.attention", y, config.num_attention_heads)
+        def attention(y, block=block, scale=scale1, bias=bias):
+            return scale * plain_attention(weights, f"{block}.attention", y, config.num_attention_heads, bias)
 
         def mlp(y, block=block, scale=scale2):
             y = F.gelu(y @ weights[f"{block}.mlp.fc1.weight"].T + weights[f"{block}.mlp.fc1.bias"])
@@ -85,7 +115,8 @@ def plain_forward(model: HPoolViTForImageClassification, pixel_values: torch.Ten
         x = plain_norm(weights, "layernorm", x)
     elif config.ln_order == "residual":
         x = x + plain_norm(weights, "layernorm", r)
-    return x.mean(1) @ weights["classifier.weight"].T + weights["classifier.bias"]
+    pooled = x[:, 0] if first else torch.einsum("bn,bnd->bd", sizes / sizes.sum(1, keepdim=True), x)
+    return pooled @ weights["classifier.weight"].T + weights["classifier.bias"]
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -98,13 +129,15 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("ln_order", LN_ORDERS)
-@pytest.mark.parametrize("pool_mode", ["max", "avg"])
+@pytest.mark.parametrize("pooling", [{"pool_mode": "max"}, {"pool_mode": "avg"}, MERGE, MERGE | PROPORTIONAL], ids=str)
+@pytest.mark.parametrize("use_class_token", [False, True])
 @pytest.mark.parametrize("patchify_technique", ["linear", "convolutional"])
-def test_the_model_computes_the_equations_of_its_ln_order(ln_order, pool_mode, patchify_technique, pixel_values):
+def test_the_model_computes_the_equations(ln_order, pooling, use_class_token, patchify_technique, pixel_values):
     model = randomise(
         tiny_model(
             ln_order=ln_order,
-            pool_mode=pool_mode,
+            **pooling,
+            use_class_token=use_class_token,
             patchify_technique=patchify_technique,
             layer_scale_init_value=0.5,
             hvt_pool=[0, 2],
@@ -223,6 +256,7 @@ def test_an_image_too_small_for_the_schedule_is_refused_with_the_block():
     ("images", "message"),
     [
         (None, "`pixel_values` is missing"),
+        ([[0.5]], "no tensor .list."),
         (torch.randn(1, 1, 32, 32), r"shape \(1, 1, 32, 32\).*num_channels=3"),
         (torch.randn(3, 32, 32), r"expected \(batch_size, 3, height, width\)"),
         (torch.randn(1, 3, 32, 36), "32 × 36 pixels.*interpolate_pos_encoding=True"),
@@ -250,6 +284,30 @@ def test_labels_give_the_loss_of_their_problem_type(pixel_values):
         "multi_label_classification",
         "regression",
     ]
+
+
+def test_a_configuration_that_asks_for_tuples_gets_them(pixel_values):
+    model = tiny_model()
+    expected = model(pixel_values).logits
+    model.config.return_dict = False
+    torch.testing.assert_close(model(pixel_values)[0], expected)
+
+
+def test_an_attention_mask_is_refused_in_one_sentence(pixel_values):
+    with pytest.raises(ValueError, match="takes no `attention_mask`"):
+        tiny_model()(pixel_values, attention_mask=torch.ones(2, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_merges_the_same_tokens_without_rounding_them(dtype):
+    merging = HPoolViTMerging(tiny_config(pool_mode="merge", merge_ratio=0.3), stage=0)
+    # Large common offsets and norms are what trained residual streams have.
+    tokens = torch.randn(4, 64, 32) * 3 + 40 * torch.eye(32)[0]
+    (expected,), expected_sizes = merging((tokens,), None)
+    with torch.autocast("cpu", dtype=dtype):
+        (merged,), sizes = merging((tokens,), None)
+    assert merged.dtype == torch.float32
+    assert torch.equal(sizes, expected_sizes) and torch.equal(merged, expected)
 
 
 def test_a_tuple_is_returned_on_request_with_the_same_content(pixel_values):
@@ -285,6 +343,13 @@ def test_the_stochastic_depth_rate_grows_per_block_and_survives_saving(name, tmp
     assert [layer.drop_path.drop_prob for layer in loaded.hpool_vit.layers] == pytest.approx(grown)
 
 
+def test_the_stochastic_depth_rate_comes_back_to_zero_without_rounding_below_it():
+    model = tiny_model(drop_path_rate=0.3)
+    model.update_stochastic_depth_rate(-0.1)
+    model.update_stochastic_depth_rate(-0.2)
+    assert model.config.drop_path_rate == 0
+
+
 def test_a_stochastic_depth_rate_of_one_is_refused_and_changes_nothing():
     model = tiny_model(drop_path_rate=0.9)
     with pytest.raises(ValueError, match=r"k=0.2.*drop_path_rate=0.9"):
@@ -304,10 +369,11 @@ def test_each_dropout_acts_in_training_and_only_there(field, pixel_values):
 
 @pytest.mark.parametrize("ln_order", LN_ORDERS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(ln_order, use_reentrant, pixel_values):
+@pytest.mark.parametrize("pool_mode", ["max", "merge"])
+def test_gradient_checkpointing_changes_no_gradient(ln_order, use_reentrant, pool_mode, pixel_values):
     gradients = []
     for checkpointing in (False, True):
-        model = tiny_model(ln_order=ln_order).train()
+        model = tiny_model(ln_order=ln_order, pool_mode=pool_mode, proportional_attention=True).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model(pixel_values, labels=torch.tensor([0, 1])).loss.backward()
@@ -318,7 +384,7 @@ def test_gradient_checkpointing_changes_no_gradient(ln_order, use_reentrant, pix
 
 @pytest.mark.parametrize("ln_order", LN_ORDERS)
 @pytest.mark.parametrize("pool_mode", ["max", "merge"])
-def test_the_model_compiles_to_one_graph_with_the_same_result(ln_order, pool_mode, pixel_values):
+def test_the_model_compiles_to_one_graph_with_the_same_result(ln_order, pool_mode, pixel_values, fresh_compiler):
     model = tiny_model(
         ln_order=ln_order,
         pool_mode=pool_mode,
@@ -331,6 +397,40 @@ def test_the_model_compiles_to_one_graph_with_the_same_result(ln_order, pool_mod
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool_mode", ["max", "merge"])
+def test_one_compiled_graph_serves_every_batch_size(pool_mode, fresh_compiler):
+    model = tiny_model(pool_mode=pool_mode, merge_ratio=0.3, proportional_attention=True, use_class_token=True)
+    graphs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for batch_size in (4, 7, 9, 3):
+        images = torch.randn(batch_size, 3, 32, 32)
+        torch._dynamo.mark_dynamic(images, 0)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images).logits, model(images).logits)
+    assert graphs.frame_count == 1
+
+
+def test_a_growing_stochastic_depth_rate_does_not_compile_anew_each_time(pixel_values, fresh_compiler):
+    model = tiny_model(drop_path_rate=0.1, num_hidden_layers=2, hvt_pool=[1]).train()
+    graphs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for _ in range(10):
+        compiled(pixel_values)
+        model.update_stochastic_depth_rate(0.05)
+    assert graphs.frame_count <= 3
+
+
+@pytest.mark.parametrize("pool_mode", ["max", "avg", "merge"])
+@pytest.mark.parametrize("use_class_token", [False, True])
+def test_the_model_exports_with_a_dynamic_batch(pool_mode, use_class_token):
+    model = tiny_model(pool_mode=pool_mode, use_class_token=use_class_token)
+    images = torch.randn(2, 3, 32, 32)
+    dynamic = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.export.export(model, (images,), dynamic_shapes=dynamic, strict=False)
+    more = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(more).logits, model(more).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -368,10 +468,15 @@ def test_trainer_and_recipes_can_tell_what_gets_no_weight_decay():
     }
 
 
-def test_device_map_places_the_blocks_and_gives_the_same_logits(saved_folder, pixel_values):
-    plain = HPoolViTForImageClassification.from_pretrained(saved_folder)
-    mapped = HPoolViTForImageClassification.from_pretrained(saved_folder, device_map="auto")
-    torch.testing.assert_close(mapped(pixel_values).logits, plain(pixel_values).logits)
+def test_device_map_spreads_the_blocks_and_gives_the_same_logits(tmp_path, pixel_values):
+    plain = tiny_model(use_class_token=True, layer_scale_init_value=0.5)
+    plain.save_pretrained(tmp_path)
+    mapped = HPoolViTForImageClassification.from_pretrained(
+        tmp_path, device_map="auto", max_memory={"cpu": "60KB"}, offload_folder=tmp_path / "offload"
+    )
+    assert {"cpu", "disk"} <= set(mapped.hf_device_map.values())
+    with torch.no_grad():
+        torch.testing.assert_close(mapped(pixel_values).logits, plain(pixel_values).logits)
 
 
 def test_a_field_changed_to_nonsense_after_the_configuration_was_made_is_refused_by_the_model():

@@ -1,7 +1,7 @@
 """Random configurations: refused with a `ValueError` that names a field, or everything works."""
 
+import re
 import tempfile
-from dataclasses import fields
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
 
-NAMES = [field.name for field in fields(HPoolViTConfig)]
 ODD = st.sampled_from([-1, 0, 0.5, 1.0, 7, float("nan"), "x", None, [1], [3, 1], [0.3]])
 
 
+def words(error: Exception) -> set[str]:
+    return set(re.findall(r"\w+", str(error)))
+
+
 @st.composite
-def configurations(draw) -> dict:
-    """Fields that fit each other, and in every other example one of them replaced by an odd value."""
+def configurations(draw) -> tuple[dict, str | None]:
+    """Fields that fit each other, in every other example one of them replaced by an odd value; and which one."""
     heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     patch = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     image = [size * draw(st.integers(1, 6)) for size in patch]
@@ -47,21 +50,25 @@ def configurations(draw) -> dict:
         "merge_ratio": draw(st.sampled_from([0.5, 0.25, 0.01]) | st.just([0.3] * len(pool))),
         "proportional_attention": draw(st.booleans()),
         "use_class_token": draw(st.booleans()),
+        "num_labels": draw(st.integers(1, 4)),
         "qkv_bias": draw(st.booleans()),
         "layer_norm_eps": draw(st.sampled_from([1e-6, 1e-12])),
     }
-    if draw(st.booleans()):
-        values[draw(st.sampled_from(sorted(values)))] = draw(ODD)
-    return values
+    replaced = draw(st.none() | st.sampled_from(sorted(values)))
+    if replaced is not None:
+        values[replaced] = draw(ODD)
+    return values, replaced
 
 
-@given(fields=configurations())
+@given(drawn=configurations())
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-def test_a_configuration_is_refused_by_name_or_trains_saves_and_loads(fields):
+def test_a_configuration_is_refused_by_name_or_trains_saves_and_loads(drawn):
+    fields, replaced = drawn
     try:
         config = HPoolViTConfig(**fields)
     except ValueError as error:
-        assert any(name in str(error) for name in NAMES), error
+        # Fields that fit each other can still be a schedule that runs out of tokens.
+        assert "hvt_pool" in str(error) if replaced is None else {replaced, "hvt_pool"} & words(error), error
         return
     model = HPoolViTForImageClassification(config).train()
     pixel_values = torch.randn(2, config.num_channels, *config.image_shape)
@@ -74,5 +81,7 @@ def test_a_configuration_is_refused_by_name_or_trains_saves_and_loads(fields):
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
         loaded = HPoolViTForImageClassification.from_pretrained(folder)
-        torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits, rtol=0, atol=0)
+        assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
+        # Not to the last bit: where the weights lie in memory decides how products of odd sizes are summed.
+        torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits, rtol=1e-5, atol=1e-6)
         assert {name: getattr(loaded.config, name) for name in fields} == {n: getattr(config, n) for n in fields}

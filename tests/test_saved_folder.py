@@ -122,3 +122,16 @@ def test_the_package_imports_without_torchvision(tmp_path):
     program = tmp_path / "import_alone.py"
     program.write_text("import hpool_vit\nprint(hpool_vit.HPoolViTImageProcessorPil().backend)")
     assert run_python(program, hide=("torchvision", "timm")).stdout == "pil\n"
+
+
+def test_a_subclass_of_a_script_saves_a_folder_that_loads(saved_folder, tmp_path):
+    program = tmp_path / "subclass.py"
+    program.write_text(
+        "import sys, hpool_vit\n"
+        "class Mine(hpool_vit.HPoolViTForImageClassification):\n    pass\n"
+        "Mine.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], True)\n"
+        "hpool_vit.HPoolViTImageProcessor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])\n"
+    )
+    run_python(program, saved_folder, tmp_path / "mine")
+    again = use(tmp_path / "mine", tmp_path / "copy")
+    assert len(again["classes"]) == 3
