@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_hpool_vit import HPoolViTConfig
 
@@ -77,7 +78,7 @@ class HPoolViTMerging(nn.Module):
         if sizes is None:
             sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
         # Under autocast the products below would round what they only pass on, and misjudge distances.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with maybe_autocast(tokens.device.type, enabled=False):
             groups = find_groups(tokens, num_merged)
             numbers = torch.arange(tokens.shape[1] - num_merged, device=groups.device)
             # (batch_size, groups, tokens): a product with this is deterministic on every device, a scatter is not.

@@ -2,6 +2,7 @@
 What pooling costs and gains a trained Vision Transformer, with ToMe (arXiv 2210.09461) as the rival.
 
     python measure_warm_start.py training-free --weights vit.safetensors --data_dir photos --output_dir results
+    python measure_warm_start.py rules --weights vit.safetensors --data_dir photos --output_dir results
     python measure_warm_start.py fine-tune --weights vit.safetensors --data_dir photos --output_dir results
     python measure_warm_start.py report --output_dir results
 
@@ -13,6 +14,7 @@ was interrupted; processes with different seeds may share a folder. `report` pri
 """
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from convert_vit_checkpoint import convert_vit
 from torch import nn
@@ -33,7 +36,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers.utils import logging
 
-from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
+from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTModel, pooling_hpool_vit
 
 
 # The index among ImageNet's 1000 classes of each label of the ants-and-bees photos.
@@ -89,7 +92,10 @@ FINE_TUNED = {
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 0.05
 
+EUCLIDEAN = "Euclidean distance of hidden states"  # the model's own
+
 TRAINING_FREE = "warm_start_training_free.json"
+RULES = "warm_start_rules.json"
 FINE_TUNE = "warm_start_fine_tune.json"
 
 
@@ -268,6 +274,57 @@ def training_free(args: argparse.Namespace):
     report(args)
 
 
+def measure_rules(args: argparse.Namespace):
+    """What tokens are compared by: the model's own rule against cosines, and the random halves of the photos."""
+    photos, labels = load_photos(args.data_dir)
+    half = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) < len(labels) // 2
+    results = {}
+    for resize, images in photos.items():
+        reference = predict(build(Setting("unpooled", "none"), args.weights), images, args.batch_size)
+        tome = predict(build(Setting("ToMe", "ToMe", num_merged=16), args.weights), images, args.batch_size)
+        answers = {("ToMe r = 16", ""): tome}
+        for name, blocks in MERGES.items():
+            for rule in (EUCLIDEAN, "cosine of hidden states", "cosine of keys, mean of the heads"):
+                model = build(Setting(name, "merge", merge_config(blocks, 37)), args.weights)
+                with compared_by(rule, model):
+                    answers[name, rule] = predict(model, images, args.batch_size)
+        for (name, rule), logits in answers.items():
+            parts = {"all": slice(None), "half A": half, "half B": ~half}
+            scores = {part: compare(logits[i], reference[i], labels[i]) for part, i in parts.items()}
+            results.setdefault(f"{name}; {rule or 'its own rule'}", {})[resize] = scores
+            print(name, rule, resize, scores, flush=True)
+    write_json(args.output_dir / RULES, results)
+    report(args)
+
+
+@contextlib.contextmanager
+def compared_by(rule: str, model: nn.Module):
+    """Lets the merging stages of `model` compare something else. Of vectors of length 1, the nearest has the largest
+    cosine."""
+    find_groups = pooling_hpool_vit.find_groups
+    backbone = next(module for module in model.modules() if isinstance(module, HPoolViTModel))
+    stages = {stage: backbone.layers[int(block)] for block, stage in backbone.pooling.items()}
+    current = []
+
+    def compare_keys(tokens, num_merged):
+        layer = current[-1]
+        keys = layer.attention.k_proj(layer.layernorm_before(tokens)).unflatten(-1, (-1, layer.attention.head_dim))
+        return find_groups(nn.functional.normalize(keys.mean(-2), dim=-1), num_merged)
+
+    def compare_directions(tokens, num_merged):
+        return find_groups(nn.functional.normalize(tokens, dim=-1), num_merged)
+
+    if rule != EUCLIDEAN:
+        pooling_hpool_vit.find_groups = compare_keys if "keys" in rule else compare_directions
+    hooks = [stage.register_forward_pre_hook(lambda stage, _: current.append(stages[stage])) for stage in stages]
+    try:
+        yield
+    finally:
+        pooling_hpool_vit.find_groups = find_groups
+        for hook in hooks:
+            hook.remove()
+
+
 @dataclass
 class Split:
     """Photos of one split, as `uint8` of shape `(3, height, width)`, and their labels."""
@@ -420,8 +477,10 @@ def report(args: argparse.Namespace):
     folder = args.output_dir
     if (folder / TRAINING_FREE).exists():
         settings = [Setting(**setting) for setting in json.loads((folder / TRAINING_FREE).read_text())]
-        print(format_settings(settings))
+        print(format_settings(settings), format_against_tome(settings), sep="\n\n")
         plot_settings(settings, (folder / TRAINING_FREE).with_suffix(".png"))
+    if (folder / RULES).exists():
+        print(format_rules(json.loads((folder / RULES).read_text())))
     if (folder / FINE_TUNE).exists():
         results = json.loads((folder / FINE_TUNE).read_text())
         print(format_runs(results))
@@ -451,6 +510,38 @@ def format_settings(settings: list[Setting]) -> str:
         row = [setting.name, f"{results['macs'] / 1e9:.3f}", fewer, *accuracies, f"{divergence:.3f}", f"{rate:.0f}"]
         rows.append([*row, faster])
     return format_table(header, rows)
+
+
+def mean_divergence(setting: Setting) -> float:
+    return statistics.mean(setting.results[resize]["divergence"] for resize in RESIZES)
+
+
+def format_against_tome(settings: list[Setting]) -> str:
+    """Merging against ToMe at equal MACs, between whose points the line is straight, as a Markdown table."""
+    tome = sorted((s for s in settings if s.family in ("none", "ToMe")), key=lambda s: s.results["macs"])
+    macs = [setting.results["macs"] for setting in tome]
+    rows = []
+    for setting in (s for s in settings if s.family == "merge"):
+        here = setting.results["macs"]
+        rival, rival_kl = (np.interp(here, macs, [f(s) for s in tome]) for f in (mean_accuracy, mean_divergence))
+        gain = mean_accuracy(setting) - rival
+        row = [f"{settings[0].results['macs'] / here:.2f} ×", setting.name, f"{mean_accuracy(setting):.1f}"]
+        rows.append([*row, f"{rival:.1f}", f"{gain:+.1f}", f"{mean_divergence(setting):.3f}", f"{rival_kl:.3f}"])
+    return format_table(["MACs fewer", "setting", "top-1", "ToMe", "difference", "KL", "KL of ToMe"], rows)
+
+
+def format_rules(results: dict[str, Any]) -> str:
+    """The results of `rules` as a Markdown table: accuracy under each resize and mean KL, of all photos and halves."""
+    parts = ("all", "half A", "half B")
+    rows = []
+    for name, scores in results.items():
+        row = []
+        for part in parts:
+            accuracies = " / ".join(f"{scores[resize][part]['accuracy']:.1f}" for resize in RESIZES)
+            divergence = statistics.mean(scores[resize][part]["divergence"] for resize in RESIZES)
+            row.append(f"{accuracies}, {divergence:.3f}")
+        rows.append([*name.split("; "), *row])
+    return format_table(["setting", "similarity", *parts], rows)
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
@@ -556,6 +647,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     measuring.add_argument("--num_threads", type=int, default=torch.get_num_threads())
     command = commands.add_parser("training-free", parents=[measuring], help="merge in the trained model, no training")
     command.set_defaults(run=training_free)
+    command = commands.add_parser("rules", parents=[measuring], help="what tokens are compared by, no training")
+    command.set_defaults(run=measure_rules)
     command = commands.add_parser("fine-tune", parents=[measuring], help="train every kind of pooling equally long")
     command.set_defaults(run=fine_tune)
     command.add_argument("--epochs", type=int, default=4)

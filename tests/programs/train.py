@@ -61,6 +61,9 @@ def main():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         weights = sum(parameter.double().abs().sum().item() for parameter in model.parameters())
         print("RESULT " + json.dumps({"losses": losses, "weights": weights, "processes": arguments.world_size}))
+    # A process that ends while its peers' threads still talk to it may abort.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 main()
