@@ -165,7 +165,7 @@ def draw_sheet(images, table: pd.DataFrame, file: Path, rows: int = 6, columns: 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--num_train_epochs", type=float, default=15)
+    parser.add_argument("--num_train_epochs", type=float, default=22)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classify_only", action="store_true", help="classify with the folder of an earlier run")
     args = parser.parse_args()
