@@ -8,6 +8,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 TRAINING = ["accelerate>=1.10", "datasets>=4.4", "evaluate>=0.4.6"]
+EXAMPLES = ["torchvision", *TRAINING, "scikit-learn", "matplotlib"]
 
 setup(
     name="hpool-vit",
@@ -23,10 +24,7 @@ setup(
     extras_require={
         "vision": ["torchvision"],
         "train": TRAINING,
-        "examples": ["torchvision", *TRAINING, "scikit-learn", "matplotlib"],
-        "test": [
-            *["torchvision", *TRAINING, "scikit-learn", "matplotlib"],
-            *["pytest", "hypothesis", "parameterized", "ruff", "timm"],
-        ],
+        "examples": EXAMPLES,
+        "test": [*EXAMPLES, "pytest", "hypothesis", "parameterized", "ruff", "timm"],
     },
 )

@@ -12,6 +12,14 @@ from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 
+# The modules that a saved folder of model and image processor carries.
+CODE = {
+    "configuration_hpool_vit.py",
+    "image_processing_hpool_vit.py",
+    "modeling_hpool_vit.py",
+    "pooling_hpool_vit.py",
+}
+
 
 def tiny_config(**overrides) -> HPoolViTConfig:
     """Four blocks of width 32 on images of 32 × 32; the stages have 64, 31 and 15 tokens."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import TESTS, run_python
+from helpers import CODE, TESTS, run_python
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from hpool_vit import (
@@ -14,14 +14,6 @@ from hpool_vit import (
     HPoolViTImageProcessorPil,
     HPoolViTModel,
 )
-
-
-CODE = {
-    "configuration_hpool_vit.py",
-    "image_processing_hpool_vit.py",
-    "modeling_hpool_vit.py",
-    "pooling_hpool_vit.py",
-}
 
 
 def use(folder, copy, *hidden: str) -> dict:

@@ -2,23 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import TESTS, run_python, tiny_model
+from helpers import CODE, TESTS, run_python, tiny_model
 
 from hpool_vit import HPoolViTImageProcessor
 
 
 TRAIN = TESTS / "programs" / "train.py"
-CODE = {
-    "configuration_hpool_vit.py",
-    "image_processing_hpool_vit.py",
-    "modeling_hpool_vit.py",
-    "pooling_hpool_vit.py",
-}
 
 
 def result_of(output: str) -> dict:
@@ -44,12 +36,9 @@ def test_a_checkpoint_of_a_remote_code_model_is_complete_and_resumes_in_a_fresh_
 
 
 def train_on_two_processes(folder: Path, output: Path) -> dict:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, TRAIN, folder, output, "3", "--batch_size", "4"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return result_of(process.stdout)
+    return result_of(run_python(*launch, TRAIN, folder, output, 3, "--batch_size", 4, env=environment).stdout)
 
 
 @pytest.mark.parametrize(
