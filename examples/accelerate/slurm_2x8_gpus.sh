@@ -1,0 +1,30 @@
+#!/bin/bash
+# 2 machines with 8 GPUs each under Slurm: one task per machine, which starts a process per GPU.
+#
+#     sbatch examples/accelerate/slurm_2x8_gpus.sh examples/run_image_classification.py \
+#         examples/configs/cifar10.yaml --output_dir /shared/outputs/cifar10
+#
+# To be submitted from the repository's root, on a disk that both machines see, in an environment in which `accelerate`
+# is found. A job that is stopped is submitted again, and goes on from the last checkpoint in --output_dir.
+# Checked here with a stand-in for Slurm and CPU processes only.
+
+#SBATCH --job-name=hpool-vit
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+
+set -euo pipefail
+
+first_machine=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+# One port per job, in case another one runs on the same machines.
+port=$((20000 + SLURM_JOB_ID % 10000))
+
+# SLURM_NODEID differs between the tasks, hence the single quotes: each task fills it in.
+srun --kill-on-bad-exit=1 bash -c '
+    exec accelerate launch --config_file examples/accelerate/2x8_gpus.yaml \
+        --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" \
+        --machine_rank "$SLURM_NODEID" --main_process_ip "$0" --main_process_port "$1" "${@:2}"
+' "$first_machine" "$port" "$@"
