@@ -29,9 +29,8 @@ import datasets
 import numpy as np
 import torch
 from convert_vit_checkpoint import convert_vit
+from measuring import count_macs, format_table, measure_speed, time_in_turns, write_json
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers.utils import logging
@@ -216,32 +215,6 @@ def prepare(size: int, interpolation: InterpolationMode) -> v2.Compose:
 @torch.inference_mode()
 def predict(model: nn.Module, images: torch.Tensor, batch_size: int) -> torch.Tensor:
     return torch.cat([model(batch) for batch in images.split(batch_size)])
-
-
-@torch.inference_mode()
-def count_macs(model: nn.Module, image: torch.Tensor) -> int:
-    """Multiply-accumulates for one image: half of what FlopCounterMode counts, attention in plain products."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops() // 2
-
-
-@torch.inference_mode()
-def measure_speed(models: list[nn.Module], images: torch.Tensor, rounds: int) -> list[float]:
-    return time_in_turns([partial(model, images) for model in models], len(images), rounds)
-
-
-def time_in_turns(calls: list[Callable[[], Any]], num_images: int, rounds: int) -> list[float]:
-    """Images per second of each call: the median over rounds in which all take turns."""
-    for call in calls:
-        call()
-    rates = [[] for _ in calls]
-    for _ in range(rounds):
-        for rate, call in zip(rates, calls, strict=True):
-            start = time.perf_counter()
-            call()
-            rate.append(num_images / (time.perf_counter() - start))
-    return list(map(statistics.median, rates))
 
 
 def compare(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -487,11 +460,6 @@ def report(args: argparse.Namespace):
         plot_runs(results, (folder / FINE_TUNE).with_suffix(".png"))
 
 
-def write_json(path: Path, content: Any):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
 def mean_accuracy(setting: Setting) -> float:
     return statistics.mean(setting.results[resize]["accuracy"] for resize in RESIZES)
 
@@ -542,11 +510,6 @@ def format_rules(results: dict[str, Any]) -> str:
             row.append(f"{accuracies}, {divergence:.3f}")
         rows.append([*name.split("; "), *row])
     return format_table(["setting", "similarity", *parts], rows)
-
-
-def format_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def accuracies_of(results: dict[str, Any]) -> dict[tuple[str, float], dict[int, float]]:

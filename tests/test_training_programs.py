@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import compare_runs
 import pytest
 import run_image_classification
 import run_image_classification_no_trainer
@@ -272,3 +273,23 @@ def test_what_cannot_be_trained_gives_one_clear_line(tmp_path, photos, vit_folde
 def test_the_loop_refuses_what_only_the_trainer_heeds(tmp_path, photos):
     flags = f"--train_dir {photos} --load_best_model_at_end"
     assert "--load_best_model_at_end" in error_of(run_image_classification_no_trainer, tmp_path, flags)
+
+
+def test_runs_are_compared_by_seeds_macs_and_speed(tmp_path, photos, capsys):
+    flags = f"--train_dir {photos} --validation_dir {photos} --num_train_epochs 1"
+    for seed in (0, 1):
+        run(run_image_classification, tmp_path / f"pooled-seed{seed}", flags, f"--seed {seed}")
+    run(run_image_classification, tmp_path / "unpooled", flags, "--hvt_pool none")
+    capsys.readouterr()
+    folders = [str(tmp_path / name) for name in ("pooled-seed0", "pooled-seed1", "unpooled")]
+    compare_runs.main([*folders, "--reference", "unpooled", "--output", str(tmp_path / "table"), "--rounds", "2"])
+    table = capsys.readouterr().out
+    models = json.loads((tmp_path / "table.json").read_text())
+    assert models["pooled"]["tokens"] == [16, 7] and models["unpooled"]["tokens"] == [16]
+    assert models["pooled"]["macs"] < models["unpooled"]["macs"]
+    assert set(models["pooled"]["runs"]) == {"0", "1"}
+    first, second = (models["pooled"]["runs"][seed]["accuracy"] for seed in "01")
+    assert f"| {(first + second) / 2:.1f} | {first:.1f}, {second:.1f} |" in table
+    assert (tmp_path / "table.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="--reference other is none of the runs: pooled, unpooled"):
+        compare_runs.main([*folders, "--reference", "other", "--output", str(tmp_path / "table")])

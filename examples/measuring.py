@@ -1,0 +1,50 @@
+"""Multiply-accumulates and speeds of models side by side, and tables of them. Shared by the measuring programs."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@torch.inference_mode()
+def count_macs(model: nn.Module, image: torch.Tensor) -> int:
+    """Multiply-accumulates for one image: half of what FlopCounterMode counts, attention in plain products."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+@torch.inference_mode()
+def measure_speed(models: list[nn.Module], images: torch.Tensor, rounds: int) -> list[float]:
+    return time_in_turns([partial(model, images) for model in models], len(images), rounds)
+
+
+def time_in_turns(calls: list[Callable[[], Any]], num_images: int, rounds: int) -> list[float]:
+    """Images per second of each call: the median over rounds in which all take turns."""
+    for call in calls:
+        call()
+    rates = [[] for _ in calls]
+    for _ in range(rounds):
+        for rate, call in zip(rates, calls, strict=True):
+            start = time.perf_counter()
+            call()
+            rate.append(num_images / (time.perf_counter() - start))
+    return list(map(statistics.median, rates))
+
+
+def write_json(path: Path, content: Any):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
