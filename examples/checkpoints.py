@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,8 +85,8 @@ def write_checkpoint(folder: Path, *, is_main_process: bool, wait_for_everyone, 
         wait_for_everyone()
         if is_main_process:
             mark_complete(folder)
-    # torch and safetensors report a full disk with exceptions of their own.
-    except Exception as error:
+    # torch reports a full disk as a RuntimeError.
+    except (OSError, RuntimeError, SafetensorError) as error:
         if is_main_process:
             remove(folder)
         last = find_last_checkpoint(folder.parent)

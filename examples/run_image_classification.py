@@ -117,6 +117,8 @@ def train(run: TrainingRun):
         run.report(trainer.model_wrapped, trainer.accelerator, metrics, trainer.state.log_history)
     trainer.save_metrics("all", metrics, combined=False)
     trainer.save_state()
+    if run.args.training.push_to_hub:
+        trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

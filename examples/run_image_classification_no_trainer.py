@@ -27,7 +27,8 @@ from transformers import get_scheduler
 
 # What of `TrainingArguments` this loop heeds; the others are refused rather than ignored.
 HEEDED = {
-    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "dataloader_num_workers", "ddp_backend", "ddp_timeout",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "data_seed", "dataloader_num_workers", "dataloader_pin_memory",
+    "ddp_backend", "ddp_timeout",
     "disable_tqdm", "eval_steps", "eval_strategy", "fp16", "gradient_accumulation_steps", "label_smoothing_factor",
     "learning_rate", "log_level", "logging_steps", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm",
     "max_steps", "num_train_epochs", "output_dir", "per_device_eval_batch_size", "per_device_train_batch_size",
@@ -55,7 +56,8 @@ class Loop:
 
     def __init__(self, run: TrainingRun):
         self.run, self.training = run, run.args.training
-        precision = "bf16" if self.training.bf16 else "fp16" if self.training.fp16 else "no"
+        # None: what `accelerate launch` was told.
+        precision = "bf16" if self.training.bf16 else "fp16" if self.training.fp16 else None
         trackers = [name for name in self.training.report_to if name != "none"]
         self.accelerator = Accelerator(
             cpu=self.training.use_cpu,
@@ -127,7 +129,8 @@ class Loop:
         if self.training.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
         self.optimizer.step()
-        self.scheduler.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
         if self.run.average:

@@ -35,12 +35,32 @@ DEFAULTS = {
     "remove_unused_columns": False,
     "ddp_find_unused_parameters": False,
 }
+# Fields of `TrainingArguments` for which the programs have a way of their own.
+WITHOUT_EFFECT = {
+    "optim": "the recipes use AdamW",
+    "optim_args": "the recipes use AdamW",
+    "optim_target_modules": "the recipes use AdamW",
+    "resume_from_checkpoint": "the last complete checkpoint in --output_dir is found",
+    "save_only_model": "a run could not go on from such checkpoints",
+    "ignore_data_skip": "a run that goes on would see other images",
+    "auto_find_batch_size": "the images per step are a part of the recipe",
+    **dict.fromkeys(("dataloader_drop_last", "train_sampling_strategy"), "an epoch has only full batches, shuffled"),
+    **dict.fromkeys(
+        ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+         "dataloader_in_order", "remove_unused_columns", "label_names", "accelerator_config"),
+        "the loaders are those of image_data.py",
+    ),
+    **dict.fromkeys(
+        ("include_for_metrics", "batch_eval_metrics", "prediction_loss_only", "eval_do_concat_batches",
+         "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval"),
+        "the evaluation is that of training_run.py",
+    ),
+}  # fmt: skip
 # May differ between the run that wrote a checkpoint and the run that goes on from it.
 FREE_TO_CHANGE = {
     "output_dir", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "disable_tqdm", "run_name",
-    "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-    "dataloader_persistent_workers", "log_level", "per_device_eval_batch_size", "push_to_hub", "hub_model_id",
-    "max_bad_images", "local_rank", "project", "ddp_timeout",
+    "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "log_level", "per_device_eval_batch_size",
+    "push_to_hub", "hub_model_id", "max_bad_images", "local_rank", "project", "ddp_timeout",
 }  # fmt: skip
 RECORD = "training.yaml"
 
@@ -88,7 +108,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
             raise ValueError(f"{rest[0]} is no flag{suggest(parser, rest[0])}.")
         given = from_file | vars(namespace)
         record = {**DEFAULTS, **choose_recipe(given), **given}
-        check_rates(given, record)
+        check_given(given)
         data, model, recipe, training = parser.parse_dict(record)
     except (ValueError, OSError, ArgumentError) as error:
         parser.error(str(error))
@@ -132,11 +152,13 @@ def choose_recipe(given: dict[str, Any]) -> dict[str, Any]:
     return {"recipe": name, **{key: value for key, value in RECIPES[name].items() if key not in skipped}}
 
 
-def check_rates(given: dict[str, Any], record: dict[str, Any]):
+def check_given(given: dict[str, Any]):
+    """Raises a `ValueError` for flags that contradict each other, or would be ignored."""
     if {"learning_rate", "base_learning_rate"} <= given.keys():
         raise ValueError("--learning_rate and --base_learning_rate both set the learning rate: give only one.")
-    if record.get("streaming") and record.get("dataloader_persistent_workers"):
-        raise ValueError("--dataloader_persistent_workers does not work with --streaming: leave it out.")
+    for name in sorted(WITHOUT_EFFECT.keys() & given.keys()):
+        if given[name] != DEFAULTS.get(name):
+            raise ValueError(f"--{name} {given[name]} has no effect, as {WITHOUT_EFFECT[name]}: leave it out.")
 
 
 def full_record(args: Arguments) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from checkpoints import CheckpointError, check_finite_weights, write_checkpoint
 from image_data import make_train_loader, make_validation_loader, set_epoch
-from image_decoding import BadImageError, BadImages, TooManyBadImagesError
+from image_decoding import BadImages, DataError
 from image_sources import load_image_data
 from model_card import write_model_card
 from torch import nn
@@ -95,7 +95,7 @@ class TrainingRun:
             args.data,
             train_transform(args.recipe, self.image_processor),
             batch_size=training.per_device_train_batch_size,
-            seed=training.seed,
+            seed=training.seed if training.data_seed is None else training.data_seed,
             repeats=args.recipe.repeated_augmentation,
             mix=batch_mixing(args.recipe, self.model.num_labels),
             **common,
@@ -344,7 +344,7 @@ def run_program(description: str, train: Callable[[TrainingRun], None], argv: li
         sys.exit(f"error: {error}")
     try:
         train(run)
-    except (TrainingStopped, CheckpointError, BadImageError, TooManyBadImagesError) as error:
+    except (TrainingStopped, CheckpointError, DataError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -74,7 +74,8 @@ def error_of(capsys, tmp_path, *flags, file=None) -> str:
         (["--ema_decay", "2"], "--ema_decay 2.0 must be"),
         (["--on_bad_image", "cry"], "--on_bad_image"),
         (["--eval_strategy", "never"], "never"),
-        (["--streaming", "--dataloader_persistent_workers", "--dataloader_num_workers", "1"], "persistent"),
+        (["--optim", "sgd"], "--optim sgd has no effect, as the recipes use AdamW: leave it out"),
+        (["--save_only_model"], "a run could not go on"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
