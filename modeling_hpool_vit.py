@@ -327,6 +327,11 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
     updateStochasticDepthRate = update_stochastic_depth_rate
 
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        # FSDP2 gives a model a class of its own, whose module is torch's and no code to be saved.
+        return super().is_remote_code() and not cls.__module__.startswith("torch.")
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         # By itself Transformers lists only the class that is saved, and every Auto class shall load the folder.
         self.config.auto_map = {
