@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import find_last_checkpoint, list_checkpoints
-from helpers import EXAMPLES, run_python
+from helpers import CODE, EXAMPLES, TESTS, run_python
 from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
 
 
 TRAINER, LOOP = EXAMPLES / "run_image_classification.py", EXAMPLES / "run_image_classification_no_trainer.py"
@@ -152,3 +153,37 @@ def test_two_machines_train_as_one_with_twice_the_batch(program, tmp_path):
     outputs = [machine.communicate()[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
     assert_equal_runs(folders)
+
+
+# As the configuration sets it for the processes that it starts.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "HPoolViTResidualLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+@pytest.mark.slow
+@both_programs
+def test_two_processes_that_share_the_weights_train_as_one(program, tmp_path):
+    flags = EQUAL.replace("--learning_rate", "--ema_decay 0.5 --learning_rate")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    run_python(*command(program, folders[0], f"{flags} --per_device_train_batch_size 32"))
+    words = command(program, folders[1], f"{flags} --per_device_train_batch_size 16")
+    words.remove("--use_cpu")
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", str(TESTS / "programs" / "fsdp_on_cpu.py")]
+    run_python(*launcher, *words, env={**os.environ, **FSDP2})
+    assert_equal_runs(folders)
+    assert_whole_and_same(folders[1], list_checkpoints(folders[1])[-1] / "ema")
+
+
+def assert_whole_and_same(folder: Path, averaged: Path):
+    """Both folders are whole ones that one process loads, and the first holds the averaged weights."""
+    first, second = (AutoModelForImageClassification.from_pretrained(path).state_dict() for path in (folder, averaged))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert {path.name for path in folder.iterdir()} & {path.name for path in averaged.iterdir()} >= CODE
