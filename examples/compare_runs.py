@@ -47,7 +47,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     top1 = "eval_ema_top1" if "eval_ema_top1" in results else "eval_top1"
     return {
         "accuracy": 100 * results[top1],
-        "images": results["eval_images"],
         "epochs": round(max(entry["epoch"] for entry in log), 2),
         "train_seconds": results["train_runtime"],
         "loss": [(round(entry["epoch"], 3), round(entry["loss"], 4)) for entry in log if "loss" in entry],

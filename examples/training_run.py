@@ -345,7 +345,8 @@ def run_program(description: str, train: Callable[[TrainingRun], None], argv: li
     try:
         train(run)
     except (TrainingStopped, CheckpointError, DataError) as error:
-        sys.exit(f"error: {error}")
+        # Without the traceback, which keeps the loader's workers alive for seconds.
+        sys.exit(f"error: {error.with_traceback(None)}")
 
 
 def is_due(strategy: str, every: float, step: int, steps_per_epoch: int) -> bool:

@@ -86,6 +86,7 @@ def test_a_missing_validation_split_is_made_stratified_and_by_the_seed_alone(tmp
     rows = [data.validation.rows.tolist() for data in splits]
     assert rows[0] == rows[1] != rows[2]
     assert splits[0].validation.description == f"6 images of {folder}, stratified, seed 0"
+    assert sorted(load(train_dir=str(folder), validation_share=0.01).validation.labels.tolist()) == [0, 1, 2]
 
 
 def test_fewer_images_are_a_random_selection(tmp_path):

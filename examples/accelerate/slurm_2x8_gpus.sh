@@ -2,7 +2,7 @@
 # 2 machines with 8 GPUs each under Slurm: one task per machine, which starts a process per GPU.
 #
 #     sbatch examples/accelerate/slurm_2x8_gpus.sh examples/run_image_classification.py \
-#         examples/configs/cifar10.yaml --output_dir /shared/outputs/cifar10
+#         --preset hvt-s-1 --dataset_name imagenet-1k --output_dir /shared/outputs/hvt-s-1
 #
 # To be submitted from the repository's root, on a disk that both machines see, in an environment in which `accelerate`
 # is found. A job that is stopped is submitted again, and goes on from the last checkpoint in --output_dir.
