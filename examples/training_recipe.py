@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode, v2
@@ -260,6 +261,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
+        self.model = model
         self.parameters = dict(model.named_parameters())
         self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.update_averages = get_ema_multi_avg_fn(decay)
@@ -281,6 +283,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def _copy(self, source: dict[str, torch.Tensor]):
+        for module in self.model.modules():
+            # Weights that FSDP2 still holds gathered would hide what is copied into the sharded ones.
+            if isinstance(module, FSDPModule):
+                module.reshard()
         for name, parameter in self.parameters.items():
             parameter.copy_(source[name])
 

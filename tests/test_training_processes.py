@@ -178,6 +178,8 @@ def test_two_processes_that_share_the_weights_train_as_one(program, tmp_path):
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", str(TESTS / "programs" / "fsdp_on_cpu.py")]
     run_python(*launcher, *words, env={**os.environ, **FSDP2})
     assert_equal_runs(folders)
+    averaged = [results_of(folder)["eval_ema_loss"] for folder in folders]
+    assert averaged[1] == pytest.approx(averaged[0], abs=1e-4)
     assert_whole_and_same(folders[1], list_checkpoints(folders[1])[-1] / "ema")
 
 
