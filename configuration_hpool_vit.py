@@ -1,5 +1,6 @@
 """HPool-ViT configuration."""
 
+import copy
 import math
 from dataclasses import field, fields
 from functools import wraps
@@ -27,6 +28,10 @@ PRESETS = {
 }
 
 
+# What `hvt_pool` may be.
+Schedule = list[int] | tuple[int, ...] | None
+
+
 def refuse_with_value_error(cls):
     """`@strict` reports with exceptions of its own that are no `ValueError`, the type that callers of a configuration
     catch. This raises the `ValueError` instead, with the message of the check that failed."""
@@ -44,6 +49,16 @@ def refuse_with_value_error(cls):
     for name in ("__init__", "__setattr__", "validate"):
         setattr(cls, name, translate(getattr(cls, name)))
     return cls
+
+
+def _each_once(schedules: list | tuple) -> list:
+    """Schedules as lists, each once, and None for those that never pool; anything else is left to the type check."""
+    unique = []
+    for schedule in schedules:
+        schedule = (list(schedule) or None) if isinstance(schedule, list | tuple) else schedule
+        if schedule not in unique:
+            unique.append(schedule)
+    return unique
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -97,7 +112,11 @@ class HPoolViTConfig(PreTrainedConfig):
         ln_order (`str`, defaults to `"residual"`):
             `"pre"`: x += A(LN(x)). `"post"`: x = LN(x + A(x)). `"residual"`: ResiDual (arXiv 2304.14802).
         hvt_pool (`list[int]`, *optional*, defaults to `[1, 5, 9]`):
-            Blocks, counted from 0, at whose input the tokens are pooled, rising; None or []: never.
+            Blocks, counted from 0, at whose input the tokens are pooled, rising; None or []: never. Changes in a
+            trained model with `model.set_hvt_pool([1])` or `from_pretrained(…, hvt_pool=[1])`.
+        hvt_pool_choices (`list[list[int] | None]`, *optional*):
+            The schedules that the model has stages for, `hvt_pool` among them; None: only that one. A block has as
+            many position embeddings as tokens under the first schedule that pools there, and resizes them for others.
         pool_mode (`str`, defaults to `"max"`):
             `"max"` or `"avg"`: 1-D pooling along the token axis (paper Section 3.2). `"merge"`: the most similar
             tokens join (after ToMe, arXiv 2210.09461).
@@ -171,7 +190,8 @@ class HPoolViTConfig(PreTrainedConfig):
     drop_path_rate: float | int | None = 0.0
     layer_scale_init_value: float | int | None = None
     ln_order: str = "residual"
-    hvt_pool: list[int] | tuple[int, ...] | None = field(default_factory=lambda: [1, 5, 9])
+    hvt_pool: Schedule = field(default_factory=lambda: [1, 5, 9])
+    hvt_pool_choices: list[Schedule] | tuple[Schedule, ...] | None = None
     pool_mode: str = "max"
     pool_kernel_size: int = 3
     pool_stride: int = 2
@@ -214,6 +234,8 @@ class HPoolViTConfig(PreTrainedConfig):
             value = tuple(value)
         elif key in ("hvt_pool", "merge_ratio") and isinstance(value, list | tuple):
             value = list(value)  # also a copy, which nobody else can change
+        elif key == "hvt_pool_choices" and isinstance(value, list | tuple):
+            value = _each_once(value)
         elif key == "drop_path_rate" and value is None:
             value = 0.0
         super().__setattr__(key, value)
@@ -221,8 +243,14 @@ class HPoolViTConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        if {"hvt_pool", "hvt_pool_choices"} & kwargs.keys():
+            # Weights come with the schedules that they were saved for, and a model needs a place for them.
+            asked = config.hvt_pool_choices if "hvt_pool_choices" in kwargs else None
+            stored = cls(**config_dict)._schedules_with_weights(config.pool_mode)
+            config._list_schedules([*filter(config._accepts, stored), *(asked or [])])
         # The overrides in `kwargs` were assigned one by one, and must fit each other.
-        (result[0] if isinstance(result, tuple) else result).validate()
+        config.validate()
         return result
 
     @property
@@ -285,6 +313,47 @@ class HPoolViTConfig(PreTrainedConfig):
         ratio = self.merge_ratio[stage] if isinstance(self.merge_ratio, list) else self.merge_ratio
         # A ratio written as a fraction (48 / 196) must give that many tokens in spite of its rounding.
         return math.floor(ratio * num_tokens + 1e-6)
+
+    @property
+    def schedules(self) -> list[list[int]]:
+        """The schedules that the model has stages for, `hvt_pool_choices` or `hvt_pool` alone; []: no pooling."""
+        return [schedule or [] for schedule in self.hvt_pool_choices or [self.hvt_pool]]
+
+    def with_schedule(self, hvt_pool: Schedule) -> "HPoolViTConfig":
+        """A copy that knows no other schedule than `hvt_pool`; it is not validated."""
+        config = copy.copy(self)
+        config.hvt_pool_choices = None
+        config.hvt_pool = hvt_pool
+        return config
+
+    def change_schedule(self, hvt_pool: Schedule):
+        """
+        Assigns `hvt_pool`; where stages have weights, this schedule and those before it stay in `hvt_pool_choices`.
+
+        Raises:
+            ValueError: for a schedule that no model can be built with; nothing is changed then.
+        """
+        config = self.with_schedule(hvt_pool)
+        config._list_schedules(self._schedules_with_weights(self.pool_mode))
+        config._check_pooling()
+        self.hvt_pool, self.hvt_pool_choices = config.hvt_pool, config.hvt_pool_choices
+
+    def _schedules_with_weights(self, pool_mode: str) -> list[list[int]]:
+        """Those whose stages have weights in a model of this configuration that one with `pool_mode` can take over."""
+        merges = "merge" in (self.pool_mode, pool_mode)
+        return [] if merges and self.hvt_pool_choices is None else self.schedules
+
+    def _list_schedules(self, schedules: list[list[int]]):
+        """Makes `schedules` and `hvt_pool` the choices; one alone needs no list."""
+        choices = _each_once([*schedules, self.hvt_pool or []])
+        self.hvt_pool_choices = choices if len(choices) > 1 else None
+
+    def _accepts(self, hvt_pool: Schedule) -> bool:
+        try:
+            self.with_schedule(hvt_pool).validate()
+        except ValueError:
+            return False
+        return True
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "HPoolViTConfig":
@@ -369,6 +438,19 @@ class HPoolViTConfig(PreTrainedConfig):
             raise ValueError(f"`layer_scale_init_value={self.layer_scale_init_value}` must be finite, or None.")
 
     def _check_pooling(self):
+        self._check_schedule()
+        choices = self.hvt_pool_choices or []
+        if choices and (self.hvt_pool or None) not in choices:
+            raise ValueError(
+                f"`hvt_pool={self.hvt_pool}` is none of `hvt_pool_choices={choices}`: choose one of them, or add it."
+            )
+        for choice in choices:
+            try:
+                self.with_schedule(choice)._check_schedule()
+            except ValueError as error:
+                raise ValueError(f"`hvt_pool_choices={choices}`: {error}") from None
+
+    def _check_schedule(self):
         blocks = self.hvt_pool or []
         for block in blocks:
             if not 0 <= block < self.num_hidden_layers:

@@ -18,7 +18,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hpool_vit import HPoolViTConfig
-from .pooling_hpool_vit import POOLINGS, HPoolViTPooling, Streams, resize_positions
+from .pooling_hpool_vit import (
+    HPoolViTPooling,
+    HPoolViTStages,
+    Streams,
+    mean_over_patches,
+    proportional_attention_mask,
+    resize_positions,
+)
 
 
 class HPoolViTPatchEmbeddings(nn.Module):
@@ -275,7 +282,6 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HPoolViTEmbeddings", *(layer.__name__ for layer in LAYERS.values())]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -289,7 +295,12 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         ],
         "attentions": HPoolViTAttention,
     }
-    _input_embed_layer = "patch_embeddings"
+    _input_embed_layer = "embeddings"  # with the positions: FSDP makes it a unit, and units cannot be nested
+
+    def __init__(self, config: HPoolViTConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Accelerate's FSDP makes units of these, and fails at a class of which the model has no module.
+        self._no_split_modules = ["HPoolViTEmbeddings", LAYERS[config.ln_order].__name__]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -297,6 +308,8 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, HPoolViTPooling) and module.block in self.base_model.pooling.later_blocks():
+            init.copy_(module.position_embeddings, self.base_model.pooling.positions_for(module.block))
         elif isinstance(module, (HPoolViTEmbeddings, HPoolViTPooling)):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
             if getattr(module, "cls_token", None) is not None:
@@ -327,6 +340,23 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
     updateStochasticDepthRate = update_stochastic_depth_rate
 
+    def set_hvt_pool(self, hvt_pool: list[int] | None):
+        """
+        Pools at other blocks from now on. Every weight is kept, also of stages that are not in use and when the model
+        is saved: changed back, it gives the same logits. A new stage starts from the nearest one's position
+        embeddings; new parameters come before the optimizer, and before `DistributedDataParallel`.
+
+        Args:
+            hvt_pool (`list[int]`, *optional*): as in [`HPoolViTConfig`]; None: never.
+
+        Raises:
+            ValueError: for a schedule that no model can be built with; nothing is changed then.
+        """
+        self.config.change_schedule(hvt_pool)
+        for stage in self.base_model.pooling.add_missing():
+            stage.to(self.base_model.embeddings.position_embeddings).train(self.training)
+            self._init_weights(stage)
+
     @classmethod
     def is_remote_code(cls) -> bool:
         # FSDP2 gives a model a class of its own, whose module is torch's and no code to be saved.
@@ -356,11 +386,9 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         # Once more, for fields assigned since the configuration was made.
         config.validate()
         self.embeddings = HPoolViTEmbeddings(config)
-        # Keyed by block, so that a stage keeps its weights when the schedule around it changes.
-        pooling = POOLINGS[config.pool_mode]
-        self.pooling = nn.ModuleDict(
-            {str(block): pooling(config, stage) for stage, block in enumerate(config.hvt_pool or [])}
-        )
+        self.pooling = HPoolViTStages(config)
+        # Weights saved before these schedules were added have no stages for them.
+        self._keys_to_ignore_on_load_missing = [rf"pooling\.{block}\." for block in self.pooling.later_blocks()]
         layer = LAYERS[config.ln_order]
         self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])
         self.num_streams = layer.num_streams
@@ -369,21 +397,6 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         self.layernorm = layernorm if normalises_tokens else nn.Identity()
         self.pooled_layernorm = layernorm if config.norm_after_pooling else nn.Identity()
         self.post_init()
-
-    def proportional_attention_mask(self, hidden_states: torch.Tensor, sizes: torch.Tensor | None):
-        """log(size) of each key, added to its attention scores: a token weighs as much as its patches."""
-        if sizes is None or not self.config.proportional_attention:
-            return None
-        attention = self.config._attn_implementation
-        # PyTorch's flex attention crashes the process where a score modification reads a tensor on the CPU.
-        if "flash" in attention or ("flex" in attention and hidden_states.device.type == "cpu"):
-            raise ValueError(
-                f"`proportional_attention=True` does not work with `attn_implementation={attention!r}`"
-                f" on {hidden_states.device.type}: use 'sdpa'."
-            )
-        num_tokens = hidden_states.shape[1]
-        mask = nn.functional.pad(sizes.log().to(hidden_states.dtype), (num_tokens - sizes.shape[1], 0))
-        return mask[:, None, None].expand(-1, -1, num_tokens, -1)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -406,28 +419,25 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         interpolate_pos_encoding = bool(interpolate_pos_encoding)
         streams = (self.embeddings(pixel_values, interpolate_pos_encoding),) * self.num_streams
         sizes, attention_mask = None, None  # patches per token, known once tokens merge
+        stages = self.pooling.in_use()
         for index, layer in enumerate(self.layers):
-            if str(index) in self.pooling:
-                streams, sizes = self.pooling[str(index)](streams, sizes, interpolate_pos_encoding)
-                attention_mask = self.proportional_attention_mask(streams[0], sizes)
+            if index in stages:
+                streams, sizes = stages[index](streams, sizes, interpolate_pos_encoding)
+                attention_mask = proportional_attention_mask(self.config, streams[0], sizes)
             streams = layer(*streams, attention_mask=attention_mask, **kwargs)
 
         last_hidden_state = self.layernorm(streams[-1])
         if self.num_streams == 2:
             last_hidden_state = streams[0] + last_hidden_state
-        return BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state,
-            pooler_output=self.pooled_layernorm(self.summarize(last_hidden_state, sizes)),
-        )
-
-    def summarize(self, hidden_states: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
-        """The class token, or the mean over the tokens, each weighted by the patches it stands for."""
+        if self.training:
+            last_hidden_state = self.pooling.touch_idle(last_hidden_state)
         if self.config.use_class_token:
-            return hidden_states[:, 0]
-        if sizes is None:
-            return hidden_states.mean(1)
-        weights = (sizes / sizes.sum(1, keepdim=True)).to(hidden_states.dtype)
-        return (weights.unsqueeze(-1) * hidden_states).sum(1)
+            pooled = last_hidden_state[:, 0]
+        else:
+            pooled = mean_over_patches(last_hidden_state, sizes)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state, pooler_output=self.pooled_layernorm(pooled)
+        )
 
 
 @auto_docstring(

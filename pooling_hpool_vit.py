@@ -1,5 +1,7 @@
 """The stages of HPool-ViT at which the token sequence gets shorter: pooling along it, or merging by similarity."""
 
+import itertools
+
 import torch
 from torch import nn
 from transformers.utils.generic import maybe_autocast
@@ -33,6 +35,7 @@ class HPoolViTPooling(nn.Module):
         self.kernel_size, self.stride = config.pool_kernel_size, config.pool_stride
         self.reduce = {"max": torch.amax, "avg": torch.mean}[config.pool_mode]
         self.num_prefix_tokens = int(config.use_class_token)
+        self.block = config.hvt_pool[stage]
         num_tokens = config.tokens_per_stage()[stage + 1]
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
 
@@ -46,7 +49,8 @@ class HPoolViTPooling(nn.Module):
         # Windows are a view with the token axis in place: no transposed copies around the pooling.
         tokens = self.reduce(tokens.unfold(1, self.kernel_size, self.stride), dim=-1)
         positions = self.position_embeddings
-        if interpolate_pos_encoding:
+        # As many as tokens under the first schedule that has this stage.
+        if interpolate_pos_encoding or positions.shape[1] != tokens.shape[1]:
             positions = resize_positions(positions, (positions.shape[1],), (tokens.shape[1],))
         tokens = tokens + positions
         return torch.cat((prefix, tokens), dim=1) if self.num_prefix_tokens else tokens
@@ -124,4 +128,97 @@ def find_groups(tokens: torch.Tensor, num_merged: int) -> torch.Tensor:
     return groups
 
 
-POOLINGS = {"max": HPoolViTPooling, "avg": HPoolViTPooling, "merge": HPoolViTMerging}
+def mean_over_patches(hidden_states: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
+    """The mean over the tokens, each weighted by the number of patches it stands for (None: each counts alike)."""
+    if sizes is None:
+        return hidden_states.mean(1)
+    weights = (sizes / sizes.sum(1, keepdim=True)).to(hidden_states.dtype)
+    return (weights.unsqueeze(-1) * hidden_states).sum(1)
+
+
+def proportional_attention_mask(
+    config: HPoolViTConfig, hidden_states: torch.Tensor, sizes: torch.Tensor | None
+) -> torch.Tensor | None:
+    """
+    log(size) of each key, added to its attention scores: a token weighs as much as its patches (ToMe, Equation 1).
+
+    Raises:
+        ValueError: for an attention implementation that cannot add it.
+    """
+    if sizes is None or not config.proportional_attention:
+        return None
+    attention = config._attn_implementation
+    # PyTorch's flex attention crashes the process where a score modification reads a tensor on the CPU.
+    if "flash" in attention or ("flex" in attention and hidden_states.device.type == "cpu"):
+        raise ValueError(
+            f"`proportional_attention=True` does not work with `attn_implementation={attention!r}`"
+            f" on {hidden_states.device.type}: use 'sdpa'."
+        )
+    num_tokens = hidden_states.shape[1]
+    mask = nn.functional.pad(sizes.log().to(hidden_states.dtype), (num_tokens - sizes.shape[1], 0))
+    return mask[:, None, None].expand(-1, -1, num_tokens, -1)
+
+
+class HPoolViTStages(nn.ModuleDict):
+    """
+    The stages of every schedule in `config.schedules`, keyed by the block at whose input they stand: a stage keeps its
+    weights while the schedule changes around it, and while it is idle.
+    """
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+        self.config = config
+        self.add_missing()
+
+    def add_missing(self) -> list[nn.Module]:
+        """Makes those stages of the configuration that are not there yet, and returns the ones with weights."""
+        added = []
+        if self.config.pool_mode == "merge":
+            for stage, block in enumerate(self.config.hvt_pool or []):
+                if str(block) not in self:
+                    self[str(block)] = HPoolViTMerging(self.config, stage)
+                self[str(block)].stage = stage  # it decides which entry of `merge_ratio` counts
+            return added
+        for schedule in self.config.schedules:
+            config = self.config.with_schedule(schedule)
+            for stage, block in enumerate(schedule):
+                if str(block) not in self:
+                    self[str(block)] = HPoolViTPooling(config, stage)
+                    added.append(self[str(block)])
+        return added
+
+    def in_use(self) -> dict[int, nn.Module]:
+        """The stages of the schedule `config.hvt_pool`, by block."""
+        blocks = self.config.hvt_pool or []
+        for block in blocks:
+            if str(block) not in self:
+                raise ValueError(f"The model has no stage for `hvt_pool={blocks}`: call `set_hvt_pool({blocks})`.")
+        return {block: self[str(block)] for block in blocks}
+
+    def touch_idle(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        `hidden_states` unchanged, but with a gradient of 0 for the stages not in use: DistributedDataParallel wants a
+        gradient of every parameter in every step.
+        """
+        for block, stage in self.items():
+            if int(block) not in (self.config.hvt_pool or []):
+                for parameter in stage.parameters():
+                    hidden_states = hidden_states + 0 * parameter.sum()
+        return hidden_states
+
+    def later_blocks(self) -> list[int]:
+        """The blocks of the stages that the first schedule does not have."""
+        return [int(block) for block in self if int(block) not in self.config.schedules[0]]
+
+    def positions_for(self, block: int) -> torch.Tensor:
+        """
+        What the position embeddings of one of the `later_blocks` start from: those of the nearest stage of the
+        schedules before, which may be trained, resized; or 0.
+        """
+        positions = self[str(block)].position_embeddings
+        before = itertools.takewhile(lambda schedule: block not in schedule, self.config.schedules)
+        blocks = sorted(set(itertools.chain.from_iterable(before)))
+        if not blocks:
+            return torch.zeros_like(positions)
+        nearest = self[str(min(blocks, key=lambda other: abs(other - block)))].position_embeddings
+        return resize_positions(nearest, (nearest.shape[1],), (positions.shape[1],))

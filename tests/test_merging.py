@@ -8,7 +8,7 @@ from helpers import tiny_config, tiny_model
 
 from hpool_vit.configuration_hpool_vit import LN_ORDERS
 from hpool_vit.modeling_hpool_vit import HPoolViTAttention, HPoolViTModel
-from hpool_vit.pooling_hpool_vit import HPoolViTMerging, HPoolViTPooling, find_groups
+from hpool_vit.pooling_hpool_vit import HPoolViTMerging, HPoolViTPooling, find_groups, proportional_attention_mask
 
 
 def column(*values: float) -> torch.Tensor:
@@ -191,7 +191,7 @@ class TestProportionalAttention:
         assert isinstance(attention, HPoolViTAttention)
         sizes = torch.tensor([[2.0, 1.0, 3.0], [1.0, 4.0, 1.0]])
         hidden_states = torch.randn(2, 3 + use_class_token, 32)
-        mask = model.proportional_attention_mask(hidden_states, sizes)
+        mask = proportional_attention_mask(model.config, hidden_states, sizes)
         weighted = attention(hidden_states, attention_mask=mask)[0]
         for tokens, size, result in zip(hidden_states, sizes.int(), weighted, strict=True):
             repeats = torch.cat((torch.ones(int(use_class_token), dtype=torch.int), size))

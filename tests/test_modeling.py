@@ -468,6 +468,15 @@ def test_trainer_and_recipes_can_tell_what_gets_no_weight_decay():
     }
 
 
+@pytest.mark.parametrize("patchify_technique", ["linear", "convolutional"])
+@pytest.mark.parametrize("ln_order", LN_ORDERS)
+def test_the_units_that_stay_whole_are_modules_of_the_model_and_not_nested(ln_order, patchify_technique):
+    model = tiny_model(ln_order=ln_order, patchify_technique=patchify_technique)
+    units = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+    assert [name.removeprefix("hpool_vit.") for name in units] == ["embeddings", *(f"layers.{i}" for i in range(4))]
+    assert model.get_input_embeddings() is model.hpool_vit.embeddings
+
+
 def test_device_map_spreads_the_blocks_and_gives_the_same_logits(tmp_path, pixel_values):
     plain = tiny_model(use_class_token=True, layer_scale_init_value=0.5)
     plain.save_pretrained(tmp_path)

@@ -17,6 +17,7 @@ from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 import hpool_vit
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTModel
+from hpool_vit.modeling_hpool_vit import HPoolViTEmbeddings
 
 
 pytestmark = pytest.mark.conformance
@@ -92,8 +93,7 @@ class Suites(ModelTesterMixin, ImagePipelineTesterMixin, TrainingTesterMixin):
     def test_model_get_set_embeddings(self):
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
-            embeddings = model.base_model.embeddings.patch_embeddings
-            self.assertIs(model.get_input_embeddings(), embeddings)
+            self.assertIs(model.get_input_embeddings(), model.base_model.embeddings)
             self.assertIsNone(model.get_output_embeddings())
             model.set_input_embeddings(torch.nn.Identity())
             self.assertIsInstance(model.get_input_embeddings(), torch.nn.Identity)
@@ -105,9 +105,8 @@ class Suites(ModelTesterMixin, ImagePipelineTesterMixin, TrainingTesterMixin):
 
     def test_enable_input_require_grads_with_gradient_checkpointing(self):
         # The weight that the suite looks for is that of a table of tokens.
-        patch_embeddings = HPoolViTModel(self.model_tester.get_config()).get_input_embeddings().__class__
-        weight = property(lambda embeddings: embeddings.projection.weight)
-        with patch.object(patch_embeddings, "weight", weight, create=True):
+        weight = property(lambda embeddings: embeddings.patch_embeddings.projection.weight)
+        with patch.object(HPoolViTEmbeddings, "weight", weight, create=True):
             super().test_enable_input_require_grads_with_gradient_checkpointing()
 
     def test_can_capture_specific_layers_hidden_states(self):
