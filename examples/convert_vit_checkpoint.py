@@ -376,14 +376,18 @@ def convert_stages(
     given = {}
     if config.pool_mode == "merge":
         return given  # merged tokens keep the positions that they carry
-    for index, block in enumerate(config.hvt_pool or []):
-        stage = HPoolViTPooling(config, index)
-        name = f"hpool_vit.pooling.{block}.position_embeddings"
-        given[name] = stage.position_embeddings.detach()
-        if stage_positions == "pooled":
-            (positions,), _ = stage((positions.float(),), None)
-            given[name] = positions[:, -given[name].shape[1] :].detach().clone()
-        report.initialised.append(f"{name} ({stage_positions})")
+    for schedule in config.schedules:
+        stage_input = positions.float()
+        for index, block in enumerate(schedule):
+            stage = HPoolViTPooling(config.with_schedule(schedule), index)
+            initial = stage.position_embeddings.detach()
+            if stage_positions == "pooled":
+                (stage_input,), _ = stage((stage_input,), None)
+                initial = stage_input[:, -initial.shape[1] :].detach().clone()
+            name = f"hpool_vit.pooling.{block}.position_embeddings"
+            if name not in given:  # a block has the positions of the first schedule that pools there
+                given[name] = initial
+                report.initialised.append(f"{name} ({stage_positions})")
     return given
 
 

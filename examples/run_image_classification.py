@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 
 class RecipeCallback(TrainerCallback):
-    """What happens between the steps: shuffling and stochastic depth per epoch, the moving average per step."""
+    """What happens between the steps: shuffling, stochastic depth, schedules and the moving average."""
 
     def __init__(self, run: TrainingRun, checkpoint: Path | None):
         self.run, self.checkpoint = run, checkpoint
@@ -32,9 +32,11 @@ class RecipeCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.run.begin_epoch(state.global_step // self.run.steps_per_epoch)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.run.begin_step(state.global_step)
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self.run.average:
-            self.run.average.update()
+        self.run.end_step()
 
 
 class RecipeTrainer(Trainer):

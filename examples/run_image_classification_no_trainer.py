@@ -117,6 +117,7 @@ class Loop:
 
     def step(self, micro_batches: list[dict[str, Any]]):
         self.model.train()
+        self.run.begin_step(self.progress.step)
         for number, batch in enumerate(micro_batches, start=1):
             names = self.run.take_names(batch)
             batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
@@ -133,8 +134,7 @@ class Loop:
             self.scheduler.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
-        if self.run.average:
-            self.run.average.update()
+        self.run.end_step()
 
     def log_evaluate_save(self):
         training, step, is_last = self.training, self.progress.step, self.progress.step == self.max_steps

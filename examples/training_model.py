@@ -18,6 +18,10 @@ from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTIm
 SOURCE = "source"
 # Every field of the configuration is a flag; a text is read as YAML, so that lists and "none" can be given.
 CONFIG_FIELDS = [name for name in HPoolViTConfig.__annotations__ if not name.startswith("_")]
+HELP = {
+    "hvt_pool_choices": "train for several schedules, 'none;6;1,5,9': each step draws one. The model is evaluated and "
+    "saved with --hvt_pool, by default the first"
+}
 
 
 @dataclass
@@ -32,7 +36,10 @@ class BaseModelArguments:
 
 ModelArguments = make_dataclass(
     "ModelArguments",
-    [(name, str | None, option(None, f"HPoolViTConfig.{name}, instead of the model's own")) for name in CONFIG_FIELDS],
+    [
+        (name, str | None, option(None, HELP.get(name, f"HPoolViTConfig.{name}, instead of the model's own")))
+        for name in CONFIG_FIELDS
+    ],
     bases=(BaseModelArguments,),
 )
 ModelArguments.__doc__ = "The model: a preset, a trained one or a configuration, and fields that shall differ."
@@ -50,11 +57,16 @@ def config_overrides(args: ModelArguments) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None:
             overrides[name] = parse_value(name, value) if isinstance(value, str) else value
+    choices = overrides.get("hvt_pool_choices")
+    if choices and "hvt_pool" not in overrides:
+        overrides["hvt_pool"] = choices[0]
     return overrides
 
 
 def parse_value(name: str, text: str) -> Any:
-    """A number, a list (`1,5,9` or `[1, 5, 9]`), a word, true, false or none."""
+    """A number, a list (`1,5,9` or `[1, 5, 9]`), a word, true, false or none; `none;6;1,5,9` lists schedules."""
+    if name == "hvt_pool_choices" and "[" not in text:
+        return [parse_value("hvt_pool", part) for part in text.split(";")]
     if text.strip().lower() in ("none", "null", ""):
         return None
     try:

@@ -23,11 +23,12 @@ from image_data import make_train_loader, make_validation_loader, set_epoch
 from image_decoding import BadImages, DataError
 from image_sources import load_image_data
 from model_card import write_model_card
+from schedule_sampling import ScheduleSampler
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from training_arguments import RECORD, Arguments, check_same_run, full_record, parse_arguments
-from training_model import Teacher, build_model
+from training_model import Teacher, build_model, config_overrides
 from training_recipe import (
     RecipeLoss,
     WeightAverage,
@@ -46,6 +47,7 @@ BAD_IMAGES = "bad_images.json"
 LOG = "log.json"
 CURVES = "curves.png"
 CONFUSION = "confusion_matrix.png"
+SCHEDULES = "schedules.json"
 
 
 class TrainingStopped(RuntimeError):
@@ -80,6 +82,9 @@ class TrainingRun:
         self.average: WeightAverage | None = None
         self.bad_images = BadImages()
         self.grown_epochs = 0
+        self.schedules = ScheduleSampler(
+            self.model, config_overrides(args.model).get("hvt_pool_choices"), training.seed
+        )
         self.last_log = (time.perf_counter(), None)
 
     def _make_loaders(self) -> tuple[DataLoader, DataLoader]:
@@ -157,6 +162,16 @@ class TrainingRun:
         while growth and self.grown_epochs < epoch:
             self.model.update_stochastic_depth_rate(growth)
             self.grown_epochs += 1
+
+    def begin_step(self, step: int):
+        """To be called before the step that follows `step` steps of the optimiser."""
+        self.schedules.draw(step)
+
+    def end_step(self):
+        """To be called after each step of the optimiser."""
+        self.schedules.restore()
+        if self.average:
+            self.average.update()
 
     def take_names(self, batch: dict[str, Any]) -> list[str]:
         """Takes what is no tensor out of a batch: returns the files' names, and keeps a record of bad images."""
@@ -294,12 +309,20 @@ class TrainingRun:
         loss = nn.functional.cross_entropy(torch.from_numpy(scores), torch.from_numpy(labels)).item()
         return {"loss": loss, **compute_metrics(scores, labels), "images": len(labels)}
 
+    def evaluate_schedules(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Top-1 for each of `--hvt_pool_choices`."""
+        return {name: compute_metrics(*self.predict(model, accelerator))["top1"] for name in self.schedules.each()}
+
     def report(self, model: nn.Module, accelerator: Accelerator, results: dict[str, Any], log: list[dict[str, Any]]):
         """Per-class accuracy, pictures, bad images and the model card, of the model with its final weights."""
         scores, labels = self.predict(model, accelerator)
+        by_schedule = self.evaluate_schedules(model, accelerator)
         self.write_bad_images(self.output_dir)
         if not self.is_main_process:
             return
+        if by_schedule:
+            (self.output_dir / SCHEDULES).write_text(json.dumps(by_schedule, indent=2) + "\n")
+            results |= {f"top-1 with schedule {name}": f"{top1:.2%}" for name, top1 in by_schedule.items()}
         results = {**results, **final_report(scores, labels, self.data.class_names, self.output_dir)}
         (self.output_dir / LOG).write_text(json.dumps(log, indent=2) + "\n")
         draw_curves(log, self.output_dir / CURVES)
@@ -310,6 +333,7 @@ class TrainingRun:
         args, training = self.args, self.args.training
         saved = "eval_ema_" if self.average else "eval_"
         scores = {name: results[saved + name] for name in ("top1", "top5", "loss")}
+        scores |= {name: value for name, value in results.items() if name.startswith("top-1 with schedule ")}
         source = args.data.dataset_name or args.data.train_dir or ", ".join(args.data.train_files)
         write_model_card(
             self.output_dir,

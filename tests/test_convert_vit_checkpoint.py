@@ -319,6 +319,17 @@ class TestPooling:
             expected = nn.functional.avg_pool1d(expected, 3, 2)
             torch.testing.assert_close(ours.hpool_vit.pooling[block].position_embeddings.transpose(1, 2), expected)
 
+    @pytest.mark.parametrize("stage_positions", ["zero", "pooled"])
+    def test_each_schedule_of_several_gets_its_stages(self, tmp_path, stage_positions):
+        theirs = timm_model()
+        pooling = {"hvt_pool": [1, 2], "hvt_pool_choices": [None, [2], [1, 2], [0]]}
+        ours, report = convert(theirs, tmp_path, stage_positions=stage_positions, **pooling)
+        assert set(ours.hpool_vit.pooling) == {"0", "1", "2"}
+        alone, _ = convert(theirs, tmp_path, hvt_pool=[2], stage_positions=stage_positions)
+        expected = alone.hpool_vit.pooling["2"].position_embeddings
+        torch.testing.assert_close(ours.hpool_vit.pooling["2"].position_embeddings, expected)
+        assert sum("pooling" in name for name in report.initialised) == 3
+
     def test_the_default_schedule_is_the_papers_scaled_to_the_depth(self, tmp_path):
         assert convert(timm_model(depth=12), tmp_path)[0].config.hvt_pool == [1, 5, 9]
         assert convert(timm_model(), tmp_path)[0].config.hvt_pool == [1, 2, 3]

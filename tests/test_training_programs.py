@@ -18,7 +18,7 @@ from image_files import BAD_FILES, CONVERTED_FILES, write_folder, write_parquet,
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, pipeline
 
-from hpool_vit import HPoolViTImageProcessor
+from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
 
 
 PROGRAMS = {"trainer": run_image_classification, "loop": run_image_classification_no_trainer}
@@ -176,6 +176,22 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_files(program, tmp_p
     assert re.search(r"step \d+ with learning rate 1e\+30; the batch's files: .*\.png|not finite at step \d+", message)
     for checkpoint in list_checkpoints(tmp_path):
         assert all(tensor.isfinite().all() for tensor in weights_of(checkpoint).values())
+
+
+@both_programs
+def test_one_model_is_trained_for_several_schedules(program, tmp_path, photos, pixel_values):
+    flags = [f"--train_dir {photos} --max_steps 4 --save_strategy steps --save_steps 2 --num_hidden_layers 3"]
+    flags += ["--hvt_pool 2 --hvt_pool_choices none;2;0,2 --ema_decay 0.5 --seed 1"]
+    run(program, tmp_path / "run", *flags)
+    scores = json.loads((tmp_path / "run" / "schedules.json").read_text())
+    assert list(scores) == ["none", "2", "0,2"] and all(0 <= score <= 1 for score in scores.values())
+    assert "top-1 with schedule 0,2" in (tmp_path / "run" / "README.md").read_text()
+    folders = [tmp_path / "run" / name for name in ("checkpoint-2", "checkpoint-4")]
+    before, after = (HPoolViTForImageClassification.from_pretrained(folder) for folder in folders)
+    assert after.config.hvt_pool == [2] and after.config.hvt_pool_choices == [None, [2], [0, 2]]
+    for stage in after.hpool_vit.pooling:
+        positions = (model.hpool_vit.pooling[stage].position_embeddings for model in (before, after))
+        assert not torch.equal(*positions), stage
 
 
 @both_programs
