@@ -311,8 +311,9 @@ class HPoolViTConfig(PreTrainedConfig):
     def num_merged(self, num_tokens: int, stage: int) -> int:
         """Number of the `num_tokens` patch tokens that join another at the merging stage `stage`, counted from 0."""
         ratio = self.merge_ratio[stage] if isinstance(self.merge_ratio, list) else self.merge_ratio
-        # A ratio written as a fraction (48 / 196) must give that many tokens in spite of its rounding.
-        return math.floor(ratio * num_tokens + 1e-6)
+        # A ratio written as a fraction (48 / 196) must give that many tokens in spite of its rounding. In integers,
+        # because exported programs with a free image size know no floor of a float.
+        return (num_tokens * round(ratio * 10**12) + 10**6) // 10**12
 
     @property
     def schedules(self) -> list[list[int]]:
