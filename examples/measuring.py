@@ -1,6 +1,7 @@
 """Multiply-accumulates and speeds of models side by side, and tables of them. Shared by the measuring programs."""
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,8 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 @torch.inference_mode()
 def count_macs(model: nn.Module, image: torch.Tensor) -> int:
     """Multiply-accumulates for one image: half of what FlopCounterMode counts, attention in plain products."""
+    return count_call_macs(partial(model, image))
+
+
+def count_call_macs(call: Callable[[], Any]) -> int:
+    """Multiply-accumulates of whatever `call` computes, a backward pass too."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image)
+        call()
     return counter.get_total_flops() // 2
 
 
@@ -40,9 +47,24 @@ def time_in_turns(calls: list[Callable[[], Any]], num_images: int, rounds: int) 
     return list(map(statistics.median, rates))
 
 
+def timer(device: str | torch.device) -> float:
+    """Seconds of a clock, read when the device has done all that it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def quartiles(values: list[float], digits: int = 4) -> list[float]:
+    """Lower quartile, median and upper quartile, to `digits` significant digits."""
+    return [float(f"{value:.{digits}g}") for value in np.percentile(values, (25, 50, 75))]
+
+
 def write_json(path: Path, content: Any):
+    """Writes a file that is never seen half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
