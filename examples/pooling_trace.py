@@ -1,0 +1,269 @@
+"""What an HPool-ViT makes of the patches of an image: the numbers behind `visualize_pooling.py`."""
+
+import copy
+import itertools
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hpool_vit import HPoolViTConfig
+
+
+@dataclass
+class StageTrace:
+    """
+    The tokens of one stage and where they come from. P patches in raster order, T patch tokens (a class token is not
+    among them).
+
+    Attributes:
+        block (`int`, *optional*): the block at whose input the stage pools; None for the first stage, the patches.
+        receptive_field (`torch.BoolTensor` of shape `(batch_size, T, P)`): which patches a token stands for: those in
+            its windows (max, avg) or in its group (merge), through all stages so far.
+        share (`torch.FloatTensor` of shape `(batch_size, T, P)`): how much of a token each patch supplied; rows sum to
+            1. Max: the share of the token's channels for which the patch won at this and every earlier stage, each
+            channel followed by itself (of equal values the first wins; the two streams of `ln_order="residual"` count
+            alike). Avg and merge: the weights of the mean, multiplied through the stages.
+        groups (`torch.LongTensor` of shape `(batch_size, P)`, *optional*): of merge: the token that each patch is in.
+    """
+
+    block: int | None
+    receptive_field: torch.Tensor
+    share: torch.Tensor
+    groups: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.share.shape[1]
+
+    @property
+    def sizes(self) -> torch.Tensor:
+        """How many patches each token stands for: `torch.LongTensor` of shape `(batch_size, T)`."""
+        return self.receptive_field.sum(-1)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The weight of each token in the mean over the tokens, of shape `(batch_size, T)`; rows sum to 1."""
+        weights = self.sizes.float() if self.groups is not None else self.sizes.float().fill_(1)
+        return weights / weights.sum(-1, keepdim=True)
+
+    @property
+    def patch_share(self) -> torch.Tensor:
+        """How much of all the stage's tokens each patch supplied, of shape `(batch_size, P)`; rows sum to 1."""
+        return _mean(self.share, self.weights)
+
+
+@dataclass
+class PoolingTrace:
+    """
+    The way of the patches of a batch of images through a model. All tensors are on the CPU.
+
+    Attributes:
+        grid (`tuple[int, int]`): rows and columns of patches; P is their product.
+        stages (`list[StageTrace]`): the patches themselves, then one for each block in `config.hvt_pool`.
+        tokens_per_block (`list[int]`): patch tokens that each block works on.
+        rollout (`torch.FloatTensor` of shape `(batch_size, P)`): attention rollout (Abnar and Zuidema 2020, arXiv
+            2005.00928, Section 3) of the pooled output: each block as the mean of identity and attention averaged over
+            the heads, each pooling as the share of a token that each token before it supplied. Read at the class
+            token, whose attention to itself is left out, or as the mean over the tokens; rows sum to 1.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*): None without classifier.
+    """
+
+    grid: tuple[int, int]
+    stages: list[StageTrace]
+    tokens_per_block: list[int]
+    rollout: torch.Tensor
+    logits: torch.Tensor | None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it by name, for `safetensors`: `rollout`, `logits`, `stages.0.share`, `stages.1.groups`, …"""
+        named = {
+            "grid": torch.tensor(self.grid),
+            "tokens_per_block": torch.tensor(self.tokens_per_block),
+            "rollout": self.rollout,
+            "logits": self.logits,
+        }
+        for number, stage in enumerate(self.stages):
+            for name in ("receptive_field", "share", "patch_share", "groups", "sizes"):
+                named[f"stages.{number}.{name}"] = getattr(stage, name)
+            if stage.block is not None:
+                named[f"stages.{number}.block"] = torch.tensor(stage.block)
+        return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
+
+
+@torch.no_grad()
+def trace_pooling(
+    model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
+) -> PoolingTrace:
+    """
+    Runs a model in evaluation mode and follows every patch through its blocks and stages. The model itself is not
+    touched, not even meanwhile: threads may trace one model at a time.
+
+    Args:
+        model (`PreTrainedModel`): an HPool-ViT with or without classifier, on any device.
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): normalised images.
+        interpolate_pos_encoding (`bool`): as in the model: whether the images may have another size than its own.
+
+    Returns:
+        [`PoolingTrace`]
+
+    Raises:
+        ValueError: for another kind of model, for `pixel_values` that the model refuses, and where it computes values
+            that are not finite.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) != HPoolViTConfig.model_type:
+        raise ValueError(f"`model` is a {type(model).__name__}, not an HPool-ViT.")
+    # A copy of the modules which shares the weights: hooks, mode and eager attention, which alone returns its
+    # probabilities, concern nobody else.
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    replica = copy.deepcopy(model, shared).eval()
+    config = replica.config
+    config._attn_implementation = "eager"
+    recorder = _Recorder(config)
+    recorder.watch(replica.base_model)
+    if isinstance(pixel_values, torch.Tensor):
+        pixel_values = pixel_values.to(model.device)
+    with torch.device("cpu"):  # where the recorder makes its tensors
+        output = replica(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
+    logits = output.logits.float().cpu() if "logits" in output and config.num_labels else None
+    rollout = recorder.read_rollout()
+    if not all(tensor.isfinite().all() for tensor in (rollout, logits) if tensor is not None):
+        raise ValueError("The model computes values that are not finite: check `pixel_values` and the weights.")
+    return PoolingTrace(
+        grid=config.patch_grid(*pixel_values.shape[2:]),
+        stages=recorder.stages,
+        tokens_per_block=recorder.tokens_per_block,
+        rollout=rollout,
+        logits=logits,
+    )
+
+
+def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[int]:
+    """
+    Multiply-accumulates of each block for one image: matrix products, as `model_stats` counts them. A merging counts
+    to the block at whose input it stands.
+
+    Args:
+        config (`HPoolViTConfig`): the configuration.
+        num_patches (`int`, *optional*): patches of the image; by default those of `config.image_size`.
+    """
+    tokens = config.tokens_per_stage(num_patches)
+    stage_of = {block: stage for stage, block in enumerate(config.hvt_pool or [], start=1)}
+    width, stage, macs = config.hidden_size, 0, []
+    for block in range(config.num_hidden_layers):
+        merging = 0
+        if block in stage_of:
+            stage = stage_of[block]
+            before, after = tokens[stage - 1 : stage + 1]
+            if config.pool_mode == "merge" and after < before:
+                num_streams = 2 if config.ln_order == "residual" else 1
+                merging = width * ((before // 2) * (before - before // 2) + num_streams * before * after)
+        num_tokens = tokens[stage] + int(config.use_class_token)
+        weights = 4 * width * width + 2 * width * config.intermediate_size
+        macs.append(num_tokens * weights + 2 * num_tokens * num_tokens * width + merging)
+    return macs
+
+
+@dataclass
+class _Recorder:
+    """Follows one forward pass from hooks, in float32 on the CPU and outside autocast."""
+
+    config: HPoolViTConfig
+    stages: list[StageTrace] = field(default_factory=list)
+    tokens_per_block: list[int] = field(default_factory=list)
+    # (batch_size, tokens, patches), in both a class token first where there is one.
+    rollout: torch.Tensor | None = None
+    # Of max: the patch that each channel of each token comes from, (batch_size, tokens, channels of all streams).
+    suppliers: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.num_prefix_tokens = int(self.config.use_class_token)
+
+    def watch(self, model: nn.Module):
+        model.embeddings.register_forward_hook(self.start)
+        for block, stage in model.pooling.in_use().items():
+            stage.register_forward_hook(lambda stage, args, output, block=block: self.pool(block, stage, *args))
+        for layer in model.layers:
+            layer.attention.register_forward_hook(self.attend)
+
+    def start(self, module: nn.Module, args: tuple, embeddings: torch.Tensor):
+        batch_size, num_tokens, _ = embeddings.shape
+        self.rollout = torch.eye(num_tokens, dtype=torch.float32).repeat(batch_size, 1, 1)
+        patches = self.rollout[:, self.num_prefix_tokens :, self.num_prefix_tokens :]
+        is_merging = self.config.pool_mode == "merge"
+        groups = torch.arange(patches.shape[1]).repeat(batch_size, 1) if is_merging else None
+        self.stages.append(StageTrace(None, patches.bool(), patches, groups))
+
+    def attend(self, module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]):
+        attention = output[1].float().mean(1).cpu()
+        self.tokens_per_block.append(attention.shape[1] - self.num_prefix_tokens)
+        with torch.autocast("cpu", enabled=False):
+            rollout = attention @ self.rollout + self.rollout
+        # Rows of half-precision probabilities do not sum to 1.
+        self.rollout = rollout / rollout.sum(-1, keepdim=True)
+
+    def pool(self, block: int, stage: nn.Module, streams: tuple[torch.Tensor, ...], *_):
+        streams = [stream[:, self.num_prefix_tokens :] for stream in streams]
+        trace = {"max": self.pool_max, "avg": self.pool_avg, "merge": self.merge}[self.config.pool_mode]
+        with torch.autocast("cpu", enabled=False):
+            reached, pooling, share, groups = trace(stage, streams)
+            reached = reached.float() @ self.stages[-1].receptive_field.float() > 0
+            prefix, tokens = self.rollout.tensor_split([self.num_prefix_tokens], dim=1)
+            self.rollout = torch.cat((prefix, pooling @ tokens), dim=1)
+        self.stages.append(StageTrace(block, reached, share, groups))
+
+    # Each of the three returns which tokens a token reaches and what each supplied to it, both of shape (batch_size,
+    # tokens, tokens before), and `share` and `groups` of the stage.
+
+    def pool_max(self, stage: nn.Module, streams: list[torch.Tensor]) -> tuple:
+        tokens = torch.cat(streams, dim=-1).float().cpu()
+        winners = tokens.unfold(1, stage.kernel_size, stage.stride).argmax(-1)
+        winners = winners + torch.arange(winners.shape[1])[:, None] * stage.stride
+        if self.suppliers is None:
+            self.suppliers = torch.arange(tokens.shape[1])[:, None].expand_as(tokens)
+        self.suppliers = self.suppliers.gather(1, winners)
+        pooling = _shares(winners, tokens.shape[1])
+        share = _shares(self.suppliers, self.stages[0].num_tokens)
+        return self.windows(stage, tokens), pooling, share, None
+
+    def pool_avg(self, stage: nn.Module, streams: list[torch.Tensor]) -> tuple:
+        windows = self.windows(stage, streams[0])
+        pooling = windows.float() / stage.kernel_size
+        return windows, pooling, pooling @ self.stages[-1].share, None
+
+    def merge(self, stage: nn.Module, streams: list[torch.Tensor]) -> tuple:
+        tokens, before = streams[0], self.stages[-1]
+        num_merged = self.config.num_merged(tokens.shape[1], len(self.stages) - 1)
+        groups = torch.arange(tokens.shape[1]).expand(tokens.shape[:2])
+        if num_merged:
+            # The code that this very model runs, which may be the copy in its folder, where it runs.
+            find_groups = sys.modules[type(stage).__module__].find_groups
+            with torch.autocast(tokens.device.type, enabled=False):
+                groups = find_groups(tokens, num_merged).cpu()
+        joined = groups.unsqueeze(1) == torch.arange(tokens.shape[1] - num_merged)[:, None]
+        pooling = joined * before.sizes.float().unsqueeze(1)
+        pooling = pooling / pooling.sum(-1, keepdim=True)
+        return joined, pooling, pooling @ before.share, groups.gather(1, before.groups)
+
+    def windows(self, stage: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        num_tokens = tokens.shape[1]
+        members = torch.arange(num_tokens).unfold(0, stage.kernel_size, stage.stride)
+        return nn.functional.one_hot(members, num_tokens).sum(1).bool().expand(len(tokens), -1, -1)
+
+    def read_rollout(self) -> torch.Tensor:
+        rollout = self.rollout[:, 0, 1:] if self.num_prefix_tokens else _mean(self.rollout, self.stages[-1].weights)
+        return rollout / rollout.sum(-1, keepdim=True)
+
+
+def _mean(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted mean over the tokens; no matrix product, which autocast would round."""
+    return (rows * weights.unsqueeze(-1)).sum(1)
+
+
+def _shares(sources: torch.Tensor, num_sources: int) -> torch.Tensor:
+    """From `sources` of shape (batch_size, tokens, channels) to the share of the channels from each of them."""
+    counts = torch.zeros(*sources.shape[:2], num_sources, dtype=torch.float32)
+    return counts.scatter_add_(2, sources, torch.ones_like(sources, dtype=torch.float32)) / sources.shape[2]
