@@ -24,6 +24,7 @@ ACCURACIES = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
 SHARES = {**ACCURACIES, "mean_class_accuracy": "Mean accuracy of the classes"}
 POOLINGS = {"max": "max pooling", "avg": "average pooling", "merge": "merging of similar tokens"}
 WORDS = {"cpu": "CPU", "gpu": "GPU", "gpus": "GPUs", "ram": "RAM", "gb": "(GB)"}
+TAGS = ("hpool-vit", "image-classification", "custom_code")
 MAX_ITEMS_SHOWN = 20
 MAX_BAD_LINES_SHOWN = 50
 
@@ -71,9 +72,15 @@ def write_model_card(
     pictures: Mapping[str, str] | None = None,
     bad_images: str | None = None,
     license: str | None = None,
+    repo_id: str | None = None,
+    tables: Mapping[str, str] | None = None,
+    widget: list[dict[str, Any]] | None = None,
+    kept: Mapping[str, str] | None = None,
+    kept_metadata: ModelCardData | None = None,
 ) -> Path:
     """
-    Writes `output_dir/README.md`, over one that is there. Nothing is looked up on the Hub.
+    Writes `output_dir/README.md`, over one that is there. Nothing is looked up on the Hub. The same template serves a
+    training, which knows everything, and a folder that is shared later, whose earlier card is kept.
 
     Args:
         output_dir (`Path`): the saved folder; its name is the model's name.
@@ -90,6 +97,12 @@ def write_model_card(
         pictures: files in `output_dir` by their titles; those that are not there are left out.
         bad_images: the report of the images that were skipped, a line each.
         license: the identifier of a licence on the Hub, such as `apache-2.0`.
+        repo_id: what the model is called on the Hub, `owner/name`; the folder's name counts no longer then.
+        tables: Markdown tables by title, shown among the results.
+        widget: the examples of the page's widget, as the Hub documents them: `src`, `example_title`, `output`.
+        kept: sections of an earlier card, Markdown by title, that stand instead of this one's; others come before
+            the citation.
+        kept_metadata: an earlier card's metadata, which fill in what is not given.
 
     Returns:
         The path of the card.
@@ -97,37 +110,61 @@ def write_model_card(
     recipe, data, results, hardware, training, pictures = (
         dict(given or {}) for given in (recipe, data, results, hardware, training, pictures)
     )
-    name = one_line(Path(output_dir).resolve().name)
+    kept = dict(kept or {})
+    name = one_line(repo_id.rpartition("/")[2] if repo_id else Path(output_dir).resolve().name)
     sections = {
-        f"# {_escape(name)}": _description(model, label_names),
-        "## How to use": _usage(name, model.config.hidden_size),
+        f"# {escape(name)}": _description(model, label_names),
+        "## How to use": _usage(repo_id or name, model.config.hidden_size),
         "## Results": _results(results, data),
         "## Training": _training(training, recipe, base_model, teacher),
         "## Data": _data(data, bad_images),
         "## Hardware": _table("", "", hardware),
         "## Pictures": "\n\n".join(
-            f"### {_escape(title)}\n\n![{_escape(title)}]({quote(str(file))})"
+            f"### {escape(title)}\n\n![{escape(title)}]({quote(str(file))})"
             for title, file in pictures.items()
             if (Path(output_dir) / file).is_file()
         ),
-        "## Citation": _fence(CITATION, "bibtex"),
     }
-    evaluated = _eval_results(results, data)
-    metadata = ModelCardData(
-        model_name=name if evaluated else None,
-        license=license,
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["hpool-vit", "image-classification", "custom_code"],
-        metrics=["accuracy"],
-        base_model=hub_id(base_model),
-        datasets=hub_id(data.get("name")),
-        eval_results=evaluated or None,
-    )
+    sections |= {f"## {title}": text for title, text in kept.items()}
+    tables = {f"### {escape(title)}": table for title, table in (tables or {}).items()}
+    sections["## Results"] = "\n\n".join(filter(None, [sections["## Results"], *_flatten(tables)]))
+    sections["## Citation"] = _fence(CITATION, "bibtex")
+    metadata = _metadata(name, results, data, kept_metadata or ModelCardData(), license, base_model, widget)
     body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items() if text)
     file = Path(output_dir) / "README.md"
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n").save(file)
     return file
+
+
+def _metadata(
+    name: str,
+    results: Mapping[str, float],
+    data: Mapping[str, Any],
+    earlier: ModelCardData,
+    license: str | None,
+    base_model: str | None,
+    widget: list[dict[str, Any]] | None,
+) -> ModelCardData:
+    """What the Hub reads; of an earlier card everything that this one does not say itself."""
+    evaluated = _eval_results(results, data) or earlier.eval_results
+    own = {
+        "model_name": name if evaluated else None,
+        "license": license,
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": list(dict.fromkeys([*TAGS, *(earlier.tags or [])])),
+        "metrics": ["accuracy"],
+        "base_model": hub_id(base_model),
+        "datasets": hub_id(data.get("name")),
+        "eval_results": evaluated or None,
+        "widget": widget,
+    }
+    given = {key: value for key, value in own.items() if value is not None}
+    return ModelCardData(**{**vars(earlier), **given})
+
+
+def _flatten(pairs: Mapping[str, str]) -> list[str]:
+    return [part for pair in pairs.items() for part in pair]
 
 
 def hub_id(name: str | None) -> str | None:
@@ -162,7 +199,7 @@ def _description(model, label_names: list[str]) -> str:
     return (
         "An HPool-ViT, a Vision Transformer that pools its token sequence between blocks, so that the later ones cost "
         "less ([Scalable Vision Transformers with Hierarchical Pooling](https://arxiv.org/abs/2103.10619)). It sorts "
-        f"images into {len(label_names)} classes: {_escape(_show(label_names))}.\n\n{_table('', '', facts)}"
+        f"images into {len(label_names)} classes: {escape(show_value(label_names))}.\n\n{_table('', '', facts)}"
     )
 
 
@@ -180,7 +217,7 @@ def _results(results: Mapping[str, float], data: Mapping[str, Any]) -> str:
         stem, title = _metric(key)
         rows[title] = f"{value:.2%}" if stem in SHARES else value
     table = _table("metric", "value", rows)
-    on = " ".join(_escape(data[key]) for key in ("name", "split") if data.get(key))
+    on = " ".join(escape(data[key]) for key in ("name", "split") if data.get(key))
     return f"Measured on: {on}.\n\n{table}" if table and on else table
 
 
@@ -242,7 +279,7 @@ def _data(data: Mapping[str, Any], bad_images: str | None) -> str:
 
 def _table(name: str, value: str, rows: Mapping[str, Any]) -> str:
     lines = [
-        f"| {_escape(_title(key))} | {_escape(_show(row))} |"
+        f"| {escape(_title(key))} | {escape(show_value(row))} |"
         for key, row in rows.items()
         if row not in (None, [], {}, "")
     ]
@@ -253,14 +290,14 @@ def _title(key: str) -> str:
     return " ".join(WORDS.get(word, word) for word in str(key).split("_"))
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value for a reader: numbers with few digits, the same item several times as a number of items."""
     if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_show(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {show_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        counts = Counter(map(_show, value))
+        counts = Counter(map(show_value, value))
         items = [f"{count} × {item}" if count > 1 else item for item, count in counts.items()]
         more = len(items) - MAX_ITEMS_SHOWN
         return "; ".join(items[:MAX_ITEMS_SHOWN]) + (f" and {more} more" if more > 0 else "")
@@ -271,7 +308,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _escape(text: Any) -> str:
+def escape(text: Any) -> str:
     """Text as Markdown that shows it as it is, in a table too."""
     return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", one_line(text))
 

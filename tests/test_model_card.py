@@ -169,6 +169,30 @@ def test_a_new_card_takes_the_place_of_an_old_one(tmp_path):
     assert "25.00%" not in card_of(tmp_path, results={"top1": 0.75}).text
 
 
+def test_a_card_for_the_hub_names_the_repository_and_has_examples_and_tables(tmp_path):
+    widget = [{"src": "examples/bee.jpg", "example_title": "A bee", "output": [{"label": "bee", "score": 0.9}]}]
+    table = "| model | top-1 |\n| --- | --- |\n| a | 1 |"
+    card = card_of(tmp_path / "m", repo_id="bees/insects", widget=widget, tables={"a | b": table})
+    assert titles(card) == ["insects", "How to use", "Results", "Citation"]
+    assert 'name = "bees/insects"' in block(card, "python")
+    assert card.data.widget == widget and f"### a \\| b\n\n{table}" in card.text
+
+
+def test_a_card_keeps_the_sections_and_metadata_of_an_earlier_one(tmp_path):
+    earlier = card_of(
+        tmp_path / "m", data={"name": "uoft-cs/cifar10"}, results={"top1": 0.25}, license="mit", training={"seed": 7}
+    )
+    earlier.data.tags.append("insects")
+    earlier.data.language = "en"
+    kept = {"Results": "As *before*.", "Limits": "Only insects."}
+    card = card_of(tmp_path / "n", results={"loss": 0.5}, training={"seed": 8}, kept=kept, kept_metadata=earlier.data)
+    assert titles(card) == ["n", "How to use", "Results", "Training", "Limits", "Citation"]
+    assert "As *before*." in card.text and "| loss |" not in card.text and "| seed | 8 |" in card.text
+    assert (card.data.license, card.data.datasets, card.data.language) == ("mit", "uoft-cs/cifar10", "en")
+    assert card.data.tags == ["hpool-vit", "image-classification", "custom_code", "insects"]
+    assert [result.metric_value for result in card.data.eval_results] == [0.25] and card.data.model_name == "n"
+
+
 def test_a_line_holds_any_text():
     assert one_line("  a\tb\r\n\x00c\u2028d\udcff ") == "a b c d"
     assert one_line(7) == "7"
