@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow test-conformance test-oldest lint format clean
+.PHONY: help quickstart test test-slow test-conformance test-oldest benchmark lint format clean
 
 help:
 	@echo "make quickstart        train on handwritten digits, save, load again, classify (about two minutes)"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-slow         the tests that take minutes"
 	@echo "make test-conformance  the suites that Transformers runs on its own models"
 	@echo "make test-oldest       the test suite with the oldest supported versions"
+	@echo "make benchmark         speed beside Transformers' ViT, on this machine (about two minutes)"
 	@echo "make lint, make format ruff"
 
 $(VENV)/.installed: setup.py constraints.txt
@@ -23,8 +24,9 @@ $(VENV)/.installed: setup.py constraints.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
+# Two processes of one thread each: the models of the tests are too small to gain from more.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
@@ -32,6 +34,9 @@ test-slow: $(VENV)/.installed
 test-conformance: $(VENV)/.installed
 	$(BIN)/python tests/conformance/fetch_transformers_tests.py
 	$(BIN)/python -m pytest tests/conformance -m conformance
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python examples/benchmark.py --short --overwrite --output outputs/benchmark
 
 # An environment of its own beside the other one.
 .venv-oldest/.installed: setup.py constraints-oldest.txt

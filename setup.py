@@ -9,6 +9,8 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 TRAINING = ["accelerate>=1.10", "datasets>=4.4", "evaluate>=0.4.6"]
 EXAMPLES = ["torchvision", *TRAINING, "scikit-learn", "matplotlib", "pandas", "psutil", "pyyaml", "tensorboard"]
+EXAMPLES += ["requests", "tqdm"]
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 
 setup(
     name="hpool-vit",
@@ -25,6 +27,7 @@ setup(
         "vision": ["torchvision"],
         "train": TRAINING,
         "examples": EXAMPLES,
-        "test": [*EXAMPLES, "pytest", "hypothesis", "parameterized", "ruff", "timm"],
+        "export": EXPORT,
+        "test": [*EXAMPLES, *EXPORT, "pytest", "pytest-xdist", "hypothesis", "parameterized", "ruff", "timm"],
     },
 )

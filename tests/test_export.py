@@ -1,6 +1,6 @@
 """
-Exported models against PyTorch: logits in float32 to 1e-4, in int8 to a quarter of the spread of the logits. The program
-runs in this process where nothing but its flags matters, because PyTorch and Transformers take seconds to import.
+Exported models against PyTorch: logits in float32 to 1e-4, in int8 to a quarter of the spread of the logits. The
+program runs in this process where nothing but its flags matters, because PyTorch and Transformers are slow to import.
 """
 
 import json
