@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow test-conformance test-oldest benchmark lint format clean
+.PHONY: help quickstart demo test test-slow test-demo test-conformance test-oldest benchmark lint format clean
 
 help:
 	@echo "make quickstart        train on handwritten digits, save, load again, classify (about two minutes)"
+	@echo "make demo              a page in the browser with the models in outputs/ (after make quickstart)"
 	@echo "make test              the test suite"
 	@echo "make test-slow         the tests that take minutes"
+	@echo "make test-demo         the demo page in a real browser, which is installed when it is missing"
 	@echo "make test-conformance  the suites that Transformers runs on its own models"
 	@echo "make test-oldest       the test suite with the oldest supported versions"
 	@echo "make benchmark         speed beside Transformers' ViT, on this machine (about two minutes)"
@@ -24,12 +26,19 @@ $(VENV)/.installed: setup.py constraints.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
+demo: $(VENV)/.installed
+	$(BIN)/python examples/app.py
+
 # Two processes of one thread each: the models of the tests are too small to gain from more.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+test-demo: $(VENV)/.installed
+	.ci/install_browser.sh
+	$(BIN)/python -m pytest -m demo tests/demo
 
 test-conformance: $(VENV)/.installed
 	$(BIN)/python tests/conformance/fetch_transformers_tests.py

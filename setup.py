@@ -11,6 +11,9 @@ TRAINING = ["accelerate>=1.10", "datasets>=4.4", "evaluate>=0.4.6"]
 EXAMPLES = ["torchvision", *TRAINING, "scikit-learn", "matplotlib", "pandas", "psutil", "pyyaml", "tensorboard"]
 EXAMPLES += ["requests", "tqdm"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
+DEMO = ["gradio>=6"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "parameterized", "timm", "playwright", "build", "ruff", "mypy"]
 
 setup(
     name="hpool-vit",
@@ -28,6 +31,8 @@ setup(
         "train": TRAINING,
         "examples": EXAMPLES,
         "export": EXPORT,
-        "test": [*EXAMPLES, *EXPORT, "pytest", "pytest-xdist", "hypothesis", "parameterized", "ruff", "timm"],
+        "demo": [*EXAMPLES, *DEMO],
+        "docs": DOCS,
+        "test": [*EXAMPLES, *EXPORT, *DEMO, *DOCS, *TEST],
     },
 )
