@@ -53,6 +53,7 @@ SHORT = {
 }
 # Packages that some modes and models need, beside those that every program here needs.
 OPTIONAL = ("timm", "torchao", "onnxruntime")
+SPEED_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD", "TORCHINDUCTOR_", "CUDA_VISIBLE")
 MAX_CALLS = 1000
 
 
@@ -222,6 +223,8 @@ def describe_machine() -> dict[str, Any]:
     from training_report import describe_hardware
 
     machine = describe_hardware(1)
+    # They decide how threads wait and how memory is taken, and so the speed of small products.
+    machine["environment"] = {name: value for name, value in os.environ.items() if name.startswith(SPEED_VARIABLES)}
     for name in OPTIONAL:
         try:
             machine["versions"][name] = importlib.metadata.version(name)

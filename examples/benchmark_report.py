@@ -124,6 +124,7 @@ def format_results(results: dict[str, Any]) -> str:
     """All of a run as Markdown."""
     machine, settings = results["machine"], results["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    environment = ", ".join(f"{name}={value}" for name, value in machine["environment"].items())
     lines = [
         "# Benchmark",
         "",
@@ -133,6 +134,7 @@ def format_results(results: dict[str, Any]) -> str:
         f"- device {settings['device']}, {settings['threads']} threads, {settings['rounds']} rounds",
         f"- load average at the start: {results['load_average']}",
         f"- versions: {versions}",
+        f"- environment: {environment or 'nothing set for threads and memory'}",
         f"- energy: {results['energy']}",
         *([] if results["complete"] else ["- **unfinished**: groups are missing"]),
     ]

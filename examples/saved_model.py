@@ -17,9 +17,9 @@ class SavedModelError(ValueError):
     """A folder that holds no usable classifier; the message is one line that names the folder and the remedy."""
 
 
-def load_saved_classifier(
+def load_saved_model(
     name: str, *, trust_remote_code: bool = False, **overrides: Any
-) -> tuple[nn.Module, Any, list[str]]:
+) -> tuple[nn.Module, Any, list[str], list[str]]:
     """
     Args:
         name: a saved folder, or an id on the Hub.
@@ -27,17 +27,18 @@ def load_saved_classifier(
         overrides: fields of the configuration that shall differ, such as `hvt_pool`.
 
     Returns:
-        The model in evaluation mode and in the type that it was saved in, its image processor, and notes for the user.
+        The image classifier in evaluation mode and in the type that it was saved in, its image processor, notes for
+        the user, and the names of weights that were not saved, which are random now.
 
     Raises:
-        SavedModelError: if anything is missing, damaged or not finite, or if the two do not fit.
+        SavedModelError: if anything else is missing or damaged.
     """
     if not Path(name).exists() and hub_id(name) is None:
         raise SavedModelError(f"--model_name_or_path {name}: there is no such folder, and it is no id on the Hub.")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise SavedModelError(f"--model_name_or_path {name} has no config.json: give the folder of a saved model.")
     trust = {"trust_remote_code": trust_remote_code}
-    # What is new in the model, of which loading would warn, is an error below.
+    # Loading would warn of new weights, which are returned.
     verbosity, with_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -56,8 +57,20 @@ def load_saved_classifier(
         logging.set_verbosity(verbosity)
         if with_bars:
             logging.enable_progress_bar()
-    _check_weights(name, model, loading)
-    model.eval()
+    return model.eval(), processor, notes, sorted(loading["missing_keys"])
+
+
+def load_saved_classifier(
+    name: str, *, trust_remote_code: bool = False, **overrides: Any
+) -> tuple[nn.Module, Any, list[str]]:
+    """
+    As [`load_saved_model`], for a model of photos that is ready to classify: without the last value.
+
+    Raises:
+        SavedModelError: if anything is missing, damaged or not finite, or if the two do not fit.
+    """
+    model, processor, notes, new = load_saved_model(name, trust_remote_code=trust_remote_code, **overrides)
+    _check_weights(name, model, new)
     _check_processor(name, model, processor)
     return model, processor, notes
 
@@ -77,10 +90,9 @@ def _check_schedule(name: str, config: Any, overrides: dict[str, Any]) -> list[s
     ]
 
 
-def _check_weights(name: str, model: nn.Module, loading: dict[str, Any]):
+def _check_weights(name: str, model: nn.Module, new: list[str]):
     if not model.config.num_labels:
         raise SavedModelError(f"--model_name_or_path {name} has no classes (num_labels is 0): it extracts features.")
-    new = sorted(loading["missing_keys"])
     if new:
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""
         raise SavedModelError(

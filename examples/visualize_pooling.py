@@ -10,6 +10,7 @@ The numbers come from `trace_pooling` in pooling_trace.py; --save_tensors keeps 
 
 import argparse
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from pooling_figure import draw, draw_chart
 from pooling_trace import PoolingTrace, block_macs, trace_pooling
-from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from saved_model import load_saved_model
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hpool_vit import HPoolViTConfig
@@ -48,22 +49,15 @@ def load(model_name_or_path: str, **overrides) -> tuple[PreTrainedModel, BaseIma
     Raises:
         ValueError: if there is no such model, or another kind of model, or it is damaged, or the overrides do not fit.
     """
-    try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
-        if config.model_type != HPoolViTConfig.model_type:
-            raise ValueError(
-                f"its model is of the type {config.model_type!r}, no HPool-ViT: convert it with "
-                "convert_vit_checkpoint.py."
-            )
-        model, info = AutoModelForImageClassification.from_pretrained(
-            model_name_or_path, output_loading_info=True, **overrides
+    model, image_processor, notes, new = load_saved_model(model_name_or_path, **overrides)
+    if model.config.model_type != HPoolViTConfig.model_type:
+        raise ValueError(
+            f"--model_name_or_path {model_name_or_path} is a model of the type {model.config.model_type!r}, no "
+            "HPool-ViT: convert it with convert_vit_checkpoint.py."
         )
-        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
-    # A damaged folder fails in any of these ways. Some of the messages have several lines.
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"`{model_name_or_path}` cannot be loaded: {' '.join(str(error).split())}") from error
-    has_classifier = not any(name.startswith("classifier.") for name in info["missing_keys"])
-    return (model if has_classifier else model.base_model).eval(), processor
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
+    has_classifier = not any(name.startswith("classifier.") for name in new)
+    return model if has_classifier else model.base_model, image_processor
 
 
 def prepare(

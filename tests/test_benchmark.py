@@ -309,7 +309,8 @@ def test_the_report_leaves_out_columns_without_numbers():
     measured = measurement("vit", "sdpa", [10.0, 10.0], macs=100)
     rows = summarise([measured], "vit", {torch.float32: measured}, has_energy=False)
     group = {"task": "train", "image_size": 32, "batch_size": 2, "matrix_peak_tflops": {}, "rows": rows}
-    machine = dict.fromkeys(("machine", "cpu", "cpu_cores", "ram_gb"), "x") | {"gpus": [], "versions": {"torch": "2"}}
+    machine = dict.fromkeys(("machine", "cpu", "cpu_cores", "ram_gb"), "x")
+    machine |= {"gpus": [], "versions": {"torch": "2"}, "environment": {"OMP_WAIT_POLICY": "passive"}}
     report = format_results(
         {
             **{"command": "python benchmark.py", "machine": machine, "complete": False, "groups": [group]},
@@ -319,6 +320,7 @@ def test_the_report_leaves_out_columns_without_numbers():
     )
     header = next(line for line in report.splitlines() if line.startswith("| model"))
     assert "images/s" in header and "J/image" not in header and "of roof" not in header and "memory" not in header
+    assert "environment: OMP_WAIT_POLICY=passive" in report
     assert "energy: not available: no counter" in report and "**unfinished**" in report
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pooling_figure import borders, patch_colours, token_cells
 from pooling_trace import block_macs, trace_pooling
 from safetensors.torch import load_file
-from transformers import ViTConfig
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from visualize_pooling import draw, draw_chart, load, main, prepare, trace_images
 
 from hpool_vit import HPoolViTImageProcessor, HPoolViTImageProcessorPil
@@ -215,9 +215,9 @@ class TestTheProgram:
             (["--image", "broken.jpg"], "--image broken.jpg: unreadable: not an image"),
             (["--image", "."], "--image .: unreadable"),
             (["--image", *["photo.jpg"] * 33], "--image names 33 files: give at most 32"),
-            (["--model_name_or_path", "missing"], "`missing` cannot be loaded: "),
-            (["--model_name_or_path", "vit"], "`vit` cannot be loaded: its model is of the type 'vit', no HPool-ViT"),
-            (["--model_name_or_path", "damaged"], "`damaged` cannot be loaded: "),
+            (["--model_name_or_path", "missing"], "--model_name_or_path missing"),
+            (["--model_name_or_path", "vit"], "--model_name_or_path vit is a model of the type 'vit', no HPool-ViT"),
+            (["--model_name_or_path", "damaged"], "--model_name_or_path damaged cannot be loaded: "),
             (["--hvt_pool", "9"], "`hvt_pool=[9]` names block 9"),
             (["--hvt_pool", "0", "1", "2", "3", "--image_size", "12"], "runs out of tokens"),
             (["--image_size", "0"], "--image_size 0 must be one or two numbers"),
@@ -233,7 +233,9 @@ class TestTheProgram:
         monkeypatch.chdir(tmp_path)
         shutil.copytree(folders["max"], "damaged")
         Path("damaged/model.safetensors").write_bytes(b"no weights")
-        ViTConfig().save_pretrained("vit")
+        tiny = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "num_hidden_layers": 1}
+        ViTForImageClassification(ViTConfig(**tiny)).save_pretrained("vit")
+        ViTImageProcessor().save_pretrained("vit")
         Path("broken.jpg").write_bytes(b"no image")
         Path("folder.png").mkdir()
         defaults = {"--model_name_or_path": folders["max"], "--image": photo, "--output": "panels.png"}
