@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 
 
@@ -22,6 +23,8 @@ def refuse(event: str, args: tuple):
 
 
 sys.addaudithook(refuse)
+# A shell that runs the tests in the background has its programs ignore Ctrl+C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
