@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart demo test test-slow test-demo test-conformance test-oldest benchmark lint format clean
+.PHONY: help quickstart demo test test-slow test-demo test-conformance test-oldest benchmark docs lint types \
+	format clean
 
 help:
 	@echo "make quickstart        train on handwritten digits, save, load again, classify (about two minutes)"
@@ -14,7 +15,9 @@ help:
 	@echo "make test-conformance  the suites that Transformers runs on its own models"
 	@echo "make test-oldest       the test suite with the oldest supported versions"
 	@echo "make benchmark         speed beside Transformers' ViT, on this machine (about two minutes)"
+	@echo "make docs              the documentation as a site, in outputs/site"
 	@echo "make lint, make format ruff"
+	@echo "make types             mypy on the modules of the package"
 
 $(VENV)/.installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s: make PYTHON=python3.12 …" % sys.version)'
@@ -60,6 +63,15 @@ test-oldest: .venv-oldest/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The root is the package, whatever the folder of the checkout is called.
+types: $(VENV)/.installed
+	mkdir -p .cache/types
+	ln -sfn ../.. .cache/types/hpool_vit
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

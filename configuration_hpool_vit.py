@@ -2,9 +2,10 @@
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from functools import wraps
-from typing import Any
+from typing import Any, Self, TypeVar, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -17,7 +18,7 @@ PATCHIFY_TECHNIQUES = ("linear", "convolutional")
 POOL_MODES = ("max", "avg", "merge")
 
 # The models of the paper (Table 1 and Section 4): all share image size 224, patch 16, 12 blocks, head width 64.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "hvt-ti-1": {"hidden_size": 192, "hvt_pool": [1]},
     "hvt-s-0": {"hidden_size": 384, "hvt_pool": None},
     "hvt-s-1": {"hidden_size": 384, "hvt_pool": [1]},
@@ -31,14 +32,16 @@ PRESETS = {
 # What `hvt_pool` may be.
 Schedule = list[int] | tuple[int, ...] | None
 
+Class = TypeVar("Class", bound=type)
 
-def refuse_with_value_error(cls):
+
+def refuse_with_value_error(cls: Class) -> Class:
     """`@strict` reports with exceptions of its own that are no `ValueError`, the type that callers of a configuration
     catch. This raises the `ValueError` instead, with the message of the check that failed."""
 
-    def translate(method):
+    def translate(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
-        def wrapper(self, *args, **kwargs):
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
             except StrictDataclassError as error:
@@ -51,7 +54,7 @@ def refuse_with_value_error(cls):
     return cls
 
 
-def _each_once(schedules: list | tuple) -> list:
+def _each_once(schedules: Iterable[Any]) -> list[Any]:
     """Schedules as lists, each once, and None for those that never pool; anything else is left to the type check."""
     unique = []
     for schedule in schedules:
@@ -61,8 +64,9 @@ def _each_once(schedules: list | tuple) -> list:
     return unique
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    # The fields have no lists any more: they became tuples on assignment.
+    return (size, size) if isinstance(size, int) else cast(tuple[int, int], size)
 
 
 @refuse_with_value_error
@@ -203,7 +207,7 @@ class HPoolViTConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         defaults = {f.name: f.default for f in fields(self)}
         for alias, name in self.attribute_map.items():
             if alias not in kwargs:
@@ -226,7 +230,7 @@ class HPoolViTConfig(PreTrainedConfig):
             self.drop_path_rate = 0.0
         super().__post_init__(**kwargs)
 
-    def __setattr__(self, key: str, value: Any):
+    def __setattr__(self, key: str, value: Any) -> None:
         # Resolved here, because `@strict` checks the type of an assignment by the field's own name only.
         key = self.attribute_map.get(key, key)
         # One type per field, so that a configuration equals the one read back from its JSON.
@@ -241,7 +245,7 @@ class HPoolViTConfig(PreTrainedConfig):
         super().__setattr__(key, value)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         if {"hvt_pool", "hvt_pool_choices"} & kwargs.keys():
@@ -256,10 +260,10 @@ class HPoolViTConfig(PreTrainedConfig):
     @property
     def stochastic_depth(self) -> bool:
         """Whether any block is ever dropped; assigning False sets `drop_path_rate` to 0."""
-        return self.drop_path_rate > 0
+        return (self.drop_path_rate or 0) > 0
 
     @stochastic_depth.setter
-    def stochastic_depth(self, value: bool):
+    def stochastic_depth(self, value: bool) -> None:
         if not value:
             self.drop_path_rate = 0.0
 
@@ -275,7 +279,8 @@ class HPoolViTConfig(PreTrainedConfig):
 
     def patch_grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of whole patches in an image of `height` × `width` pixels (default: `image_size`)."""
-        height, width = (height, width) if height is not None else self.image_shape
+        if height is None or width is None:
+            height, width = self.image_shape
         return height // self.patch_shape[0], width // self.patch_shape[1]
 
     def tokens_per_stage(self, num_patches: int | None = None) -> list[int]:
@@ -310,7 +315,7 @@ class HPoolViTConfig(PreTrainedConfig):
 
     def num_merged(self, num_tokens: int, stage: int) -> int:
         """Number of the `num_tokens` patch tokens that join another at the merging stage `stage`, counted from 0."""
-        ratio = self.merge_ratio[stage] if isinstance(self.merge_ratio, list) else self.merge_ratio
+        ratio = self.merge_ratio[stage] if isinstance(self.merge_ratio, (list, tuple)) else self.merge_ratio
         # A ratio written as a fraction (48 / 196) must give that many tokens in spite of its rounding. In integers,
         # because exported programs with a free image size know no floor of a float.
         return (num_tokens * round(ratio * 10**12) + 10**6) // 10**12
@@ -318,7 +323,7 @@ class HPoolViTConfig(PreTrainedConfig):
     @property
     def schedules(self) -> list[list[int]]:
         """The schedules that the model has stages for, `hvt_pool_choices` or `hvt_pool` alone; []: no pooling."""
-        return [schedule or [] for schedule in self.hvt_pool_choices or [self.hvt_pool]]
+        return [list(schedule or []) for schedule in self.hvt_pool_choices or [self.hvt_pool]]
 
     def with_schedule(self, hvt_pool: Schedule) -> "HPoolViTConfig":
         """A copy that knows no other schedule than `hvt_pool`; it is not validated."""
@@ -327,7 +332,7 @@ class HPoolViTConfig(PreTrainedConfig):
         config.hvt_pool = hvt_pool
         return config
 
-    def change_schedule(self, hvt_pool: Schedule):
+    def change_schedule(self, hvt_pool: Schedule) -> None:
         """
         Assigns `hvt_pool`; where stages have weights, this schedule and those before it stay in `hvt_pool_choices`.
 
@@ -344,7 +349,7 @@ class HPoolViTConfig(PreTrainedConfig):
         merges = "merge" in (self.pool_mode, pool_mode)
         return [] if merges and self.hvt_pool_choices is None else self.schedules
 
-    def _list_schedules(self, schedules: list[list[int]]):
+    def _list_schedules(self, schedules: list[list[int]]) -> None:
         """Makes `schedules` and `hvt_pool` the choices; one alone needs no list."""
         choices = _each_once([*schedules, self.hvt_pool or []])
         self.hvt_pool_choices = choices if len(choices) > 1 else None
@@ -357,7 +362,7 @@ class HPoolViTConfig(PreTrainedConfig):
         return True
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> "HPoolViTConfig":
+    def from_preset(cls, name: str, **overrides: Any) -> "HPoolViTConfig":
         """
         The configuration of one of the paper's models, with 1000 labels.
 
@@ -383,7 +388,7 @@ class HPoolViTConfig(PreTrainedConfig):
             preset["num_labels"] = 1000
         return cls(**{**preset, **overrides})
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation; the later checks rely on the earlier ones."""
         super().validate_architecture()
         self._check_choices()
@@ -391,7 +396,7 @@ class HPoolViTConfig(PreTrainedConfig):
         self._check_sizes()
         self._check_pooling()
 
-    def _check_sizes(self):
+    def _check_sizes(self) -> None:
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
         names += ["pool_kernel_size", "pool_stride"]
         names += ["classifier_hidden_size"] if self.classifier_hidden_size is not None else []
@@ -415,7 +420,7 @@ class HPoolViTConfig(PreTrainedConfig):
                 f"`num_attention_heads={self.num_attention_heads}`: choose a number of heads that divides the width."
             )
 
-    def _check_choices(self):
+    def _check_choices(self) -> None:
         for name, choices in (
             ("ln_order", LN_ORDERS),
             ("patchify_technique", PATCHIFY_TECHNIQUES),
@@ -427,7 +432,7 @@ class HPoolViTConfig(PreTrainedConfig):
         if self.norm_after_pooling and self.ln_order != "pre":
             raise ValueError(f"`norm_after_pooling=True` needs `ln_order='pre'`, not {self.ln_order!r}.")
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         probabilities = ["dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "projection_dropout_prob"]
         for name in [*probabilities, "drop_path_rate"]:
             if not 0 <= getattr(self, name) < 1:
@@ -438,7 +443,7 @@ class HPoolViTConfig(PreTrainedConfig):
         if self.layer_scale_init_value is not None and not math.isfinite(self.layer_scale_init_value):
             raise ValueError(f"`layer_scale_init_value={self.layer_scale_init_value}` must be finite, or None.")
 
-    def _check_pooling(self):
+    def _check_pooling(self) -> None:
         self._check_schedule()
         choices = self.hvt_pool_choices or []
         if choices and (self.hvt_pool or None) not in choices:
@@ -451,7 +456,7 @@ class HPoolViTConfig(PreTrainedConfig):
             except ValueError as error:
                 raise ValueError(f"`hvt_pool_choices={choices}`: {error}") from None
 
-    def _check_schedule(self):
+    def _check_schedule(self) -> None:
         blocks = self.hvt_pool or []
         for block in blocks:
             if not 0 <= block < self.num_hidden_layers:
@@ -461,7 +466,7 @@ class HPoolViTConfig(PreTrainedConfig):
                 )
         if blocks != sorted(set(blocks)):
             raise ValueError(f"`hvt_pool={blocks}` must name each block once, rising: {sorted(set(blocks))}.")
-        ratios = self.merge_ratio if isinstance(self.merge_ratio, list) else [self.merge_ratio]
+        ratios = self.merge_ratio if isinstance(self.merge_ratio, (list, tuple)) else [self.merge_ratio]
         if not all(0 < ratio <= 0.5 for ratio in ratios) or (self.merge_ratio == [] and blocks):
             raise ValueError(f"`merge_ratio={self.merge_ratio}` must lie in (0, 0.5].")
         if self.pool_mode == "merge" and isinstance(self.merge_ratio, list) and len(ratios) != len(blocks):

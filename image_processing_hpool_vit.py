@@ -1,9 +1,10 @@
 """Image processors of HPool-ViT: the same preparation on torchvision and on Pillow."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -18,7 +19,7 @@ from transformers.image_utils import (
 from .configuration_hpool_vit import HPoolViTConfig
 
 
-class HPoolViTImageProcessing:
+class HPoolViTImageProcessing(BaseImageProcessor):
     """
     What both image processors share: RGB, short side to 256 pixels (bicubic), centre crop of 224 × 224, rescale to
     [0, 1], ImageNet mean and standard deviation. Takes images as Pillow images, files, NumPy arrays and tensors, of
@@ -38,7 +39,7 @@ class HPoolViTImageProcessing:
     do_convert_rgb = True
 
     @classmethod
-    def for_config(cls, config: HPoolViTConfig, **kwargs):
+    def for_config(cls, config: HPoolViTConfig, **kwargs: Any) -> Self:
         """
         The image processor that fits a model: the crop is `config.image_size`, and the image is resized so that the
         crop keeps the share of the short side that 224 has of 256.
@@ -82,15 +83,15 @@ class HPoolViTImageProcessing:
         image: ImageInput,
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         if do_convert_rgb:
             image = to_rgb(image, input_data_format)
             input_data_format = ChannelDimension.FIRST
         return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
 
 
-class HPoolViTImageProcessor(HPoolViTImageProcessing, TorchvisionBackend):
+class HPoolViTImageProcessor(HPoolViTImageProcessing, TorchvisionBackend):  # type: ignore[misc]  # `device` in kwargs
     """The image processor on torchvision, which prepares a batch together and on any device."""
 
 
@@ -102,7 +103,7 @@ def add_channel_axis(image: Any) -> Any:
     return image[None] if getattr(image, "ndim", 3) == 2 else image
 
 
-def to_rgb(image: ImageInput, input_data_format: str | ChannelDimension | None = None) -> torch.Tensor:
+def to_rgb(image: Any, input_data_format: str | ChannelDimension | None = None) -> torch.Tensor:
     """
     The image as a tensor of shape (3, height, width): greyscale repeated, transparency on white, 16 bits as 8 (which
     Pillow's own conversion would clip to white).

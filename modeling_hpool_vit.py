@@ -2,7 +2,8 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from os import PathLike
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -12,7 +13,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -71,7 +71,7 @@ class HPoolViTEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
         self.dropout = nn.Dropout(config.dropout)
 
-    def check_input(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool):
+    def check_input(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool) -> None:
         """Raises a `ValueError` that says what is wrong with `pixel_values` and what would do."""
         if not isinstance(pixel_values, torch.Tensor):
             raise ValueError(
@@ -103,7 +103,7 @@ class HPoolViTEmbeddings(nn.Module):
         hidden_states = self.patch_embeddings(pixel_values.to(self.position_embeddings.dtype))
         if self.cls_token is not None:
             hidden_states = torch.cat((self.cls_token.expand(hidden_states.shape[0], -1, -1), hidden_states), dim=1)
-        positions = self.position_embeddings
+        positions: torch.Tensor = self.position_embeddings
         if interpolate_pos_encoding:
             prefix, positions = positions.tensor_split([self.num_prefix_tokens], dim=1)
             grid = self.config.patch_grid(*pixel_values.shape[2:])
@@ -155,10 +155,8 @@ class HPoolViTAttention(nn.Module):
             projection(hidden_states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        hidden_states, attentions = attention_interface(
+        attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        hidden_states, attentions = attention_fn(
             self,
             query,
             key,
@@ -187,9 +185,10 @@ class HPoolViTMLP(nn.Module):
 class HPoolViTLayerScale(nn.Module):
     """A learned scale per channel (arXiv 2103.17239)."""
 
-    def __init__(self, config: HPoolViTConfig):
+    def __init__(self, width: int, init_value: float):
         super().__init__()
-        self.scale = nn.Parameter(torch.full((config.hidden_size,), float(config.layer_scale_init_value)))
+        self.init_value = init_value
+        self.scale = nn.Parameter(torch.full((width,), float(init_value)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states * self.scale
@@ -228,14 +227,14 @@ class HPoolViTLayer(GradientCheckpointingLayer):
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = HPoolViTMLP(config)
-        has_scale = config.layer_scale_init_value is not None
-        self.layer_scale1 = HPoolViTLayerScale(config) if has_scale else nn.Identity()
-        self.layer_scale2 = HPoolViTLayerScale(config) if has_scale else nn.Identity()
+        scale = config.layer_scale_init_value
+        self.layer_scale1 = nn.Identity() if scale is None else HPoolViTLayerScale(config.hidden_size, scale)
+        self.layer_scale2 = nn.Identity() if scale is None else HPoolViTLayerScale(config.hidden_size, scale)
         # Its share of `drop_path_rate`: 0 at the first block, 1 at the last.
         self.depth = index / max(config.num_hidden_layers - 1, 1)
-        self.drop_path = HPoolViTDropPath(config.drop_path_rate * self.depth)
+        self.drop_path = HPoolViTDropPath((config.drop_path_rate or 0.0) * self.depth)
 
-    def attention_branch(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def attention_branch(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.drop_path(self.layer_scale1(self.attention(hidden_states, **kwargs)[0]))
 
     def mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -245,7 +244,7 @@ class HPoolViTLayer(GradientCheckpointingLayer):
 class HPoolViTPreNormLayer(HPoolViTLayer):
     """x += A(LN1(x)); x += M(LN2(x))."""
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> Streams:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Streams:
         hidden_states = hidden_states + self.attention_branch(self.layernorm_before(hidden_states), **kwargs)
         return (hidden_states + self.mlp_branch(self.layernorm_after(hidden_states)),)
 
@@ -253,7 +252,7 @@ class HPoolViTPreNormLayer(HPoolViTLayer):
 class HPoolViTPostNormLayer(HPoolViTLayer):
     """x = LN1(x + A(x)); x = LN2(x + M(x))."""
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> Streams:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Streams:
         hidden_states = self.layernorm_before(hidden_states + self.attention_branch(hidden_states, **kwargs))
         return (self.layernorm_after(hidden_states + self.mlp_branch(hidden_states)),)
 
@@ -263,7 +262,7 @@ class HPoolViTResidualLayer(HPoolViTLayer):
 
     num_streams = 2
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor, **kwargs) -> Streams:
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor, **kwargs: Any) -> Streams:
         branch = self.attention_branch(hidden_states, **kwargs)
         residual = residual + branch
         hidden_states = self.layernorm_before(hidden_states + branch)
@@ -278,9 +277,10 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
     """Loading, saving, initialisation and what else Transformers' models share."""
 
     config: HPoolViTConfig
+    base_model: Any  # `HPoolViTModel`, which Transformers could not resolve here
     base_model_prefix = "hpool_vit"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -297,13 +297,13 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
     }
     _input_embed_layer = "embeddings"  # with the positions: FSDP makes it a unit, and units cannot be nested
 
-    def __init__(self, config: HPoolViTConfig, *args, **kwargs):
+    def __init__(self, config: HPoolViTConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         # Accelerate's FSDP makes units of these, and fails at a class of which the model has no module.
         self._no_split_modules = ["HPoolViTEmbeddings", LAYERS[config.ln_order].__name__]
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
@@ -312,10 +312,10 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
             init.copy_(module.position_embeddings, self.base_model.pooling.positions_for(module.block))
         elif isinstance(module, (HPoolViTEmbeddings, HPoolViTPooling)):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-            if getattr(module, "cls_token", None) is not None:
+            if isinstance(module, HPoolViTEmbeddings) and module.cls_token is not None:
                 init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
         elif isinstance(module, HPoolViTLayerScale):
-            init.constant_(module.scale, self.config.layer_scale_init_value)
+            init.constant_(module.scale, module.init_value)
         else:
             super()._init_weights(module)
 
@@ -324,14 +324,14 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         exempt = ("position_embeddings", "cls_token", ".scale")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
-    def update_stochastic_depth_rate(self, k: float = 0.05):
+    def update_stochastic_depth_rate(self, k: float = 0.05) -> None:
         """
         Raises the drop probability of block i by `i * k / (num_blocks - 1)`, which is `config.drop_path_rate + k`.
 
         Raises:
             ValueError: if the new rate lies outside [0, 1); nothing is changed then.
         """
-        rate = round(self.config.drop_path_rate + k, 12)  # or sums such as 0.3 - 0.1 - 0.2 would fall below 0
+        rate = round((self.config.drop_path_rate or 0.0) + k, 12)  # or sums such as 0.3 - 0.1 - 0.2 would fall below 0
         if not 0 <= rate < 1:
             raise ValueError(f"`k={k}` takes `drop_path_rate={self.config.drop_path_rate}` to {rate}, outside [0, 1).")
         self.config.drop_path_rate = rate
@@ -340,7 +340,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
     updateStochasticDepthRate = update_stochastic_depth_rate
 
-    def set_hvt_pool(self, hvt_pool: list[int] | None):
+    def set_hvt_pool(self, hvt_pool: list[int] | None) -> None:
         """
         Pools at other blocks from now on. Every weight is kept, also of stages that are not in use and when the model
         is saved: changed back, it gives the same logits. A new stage starts from the nearest one's position
@@ -362,13 +362,15 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         # FSDP2 gives a model a class of its own, whose module is torch's and no code to be saved.
         return super().is_remote_code() and not cls.__module__.startswith("torch.")
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         # By itself Transformers lists only the class that is saved, and every Auto class shall load the folder.
         self.config.auto_map = {
             cls._auto_class: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
             for cls in (HPoolViTModel, HPoolViTForImageClassification)
         }
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         # By itself Transformers copies the code of the model's own class, which may be a user's subclass.
         if is_main_process:
             custom_object_save(HPoolViTForImageClassification, save_directory)
@@ -414,7 +416,7 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
             Whether to resize the position embeddings to the images, which may then have any size that leaves at least
             one token. Otherwise another size than `config.image_size` is a `ValueError`.
         """
-        if kwargs.pop("attention_mask", None) is not None:
+        if kwargs.pop("attention_mask", None) is not None:  # type: ignore[typeddict-item]
             raise ValueError("HPool-ViT takes no `attention_mask`: every token is attended to. Leave it out.")
         interpolate_pos_encoding = bool(interpolate_pos_encoding)
         streams = (self.embeddings(pixel_values, interpolate_pos_encoding),) * self.num_streams
@@ -431,10 +433,9 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
             last_hidden_state = streams[0] + last_hidden_state
         if self.training:
             last_hidden_state = self.pooling.touch_idle(last_hidden_state)
-        if self.config.use_class_token:
-            pooled = last_hidden_state[:, 0]
-        else:
-            pooled = mean_over_patches(last_hidden_state, sizes)
+        pooled = (
+            last_hidden_state[:, 0] if self.config.use_class_token else mean_over_patches(last_hidden_state, sizes)
+        )
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state, pooler_output=self.pooled_layernorm(pooled)
         )
@@ -451,8 +452,8 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.hpool_vit = HPoolViTModel(config)
-        if config.num_labels == 0:
-            self.classifier = nn.Identity()
+        if not config.num_labels:
+            self.classifier: nn.Module = nn.Identity()
         elif config.classifier_hidden_size is None:
             self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         else:
@@ -486,9 +487,7 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
         logits = self.classifier(outputs.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

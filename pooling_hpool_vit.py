@@ -1,6 +1,8 @@
 """The stages of HPool-ViT at which the token sequence gets shorter: pooling along it, or merging by similarity."""
 
 import itertools
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -33,9 +35,10 @@ class HPoolViTPooling(nn.Module):
     def __init__(self, config: HPoolViTConfig, stage: int):
         super().__init__()
         self.kernel_size, self.stride = config.pool_kernel_size, config.pool_stride
-        self.reduce = {"max": torch.amax, "avg": torch.mean}[config.pool_mode]
+        reductions: dict[str, Callable[..., torch.Tensor]] = {"max": torch.amax, "avg": torch.mean}
+        self.reduce = reductions[config.pool_mode]
         self.num_prefix_tokens = int(config.use_class_token)
-        self.block = config.hvt_pool[stage]
+        self.block = (config.hvt_pool or [])[stage]
         num_tokens = config.tokens_per_stage()[stage + 1]
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
 
@@ -48,7 +51,7 @@ class HPoolViTPooling(nn.Module):
         prefix, tokens = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
         # Windows are a view with the token axis in place: no transposed copies around the pooling.
         tokens = self.reduce(tokens.unfold(1, self.kernel_size, self.stride), dim=-1)
-        positions = self.position_embeddings
+        positions: torch.Tensor = self.position_embeddings
         # As many as tokens under the first schedule that has this stage.
         if interpolate_pos_encoding or positions.shape[1] != tokens.shape[1]:
             positions = resize_positions(positions, (positions.shape[1],), (tokens.shape[1],))
@@ -172,12 +175,12 @@ class HPoolViTStages(nn.ModuleDict):
 
     def add_missing(self) -> list[nn.Module]:
         """Makes those stages of the configuration that are not there yet, and returns the ones with weights."""
-        added = []
+        added: list[nn.Module] = []
         if self.config.pool_mode == "merge":
             for stage, block in enumerate(self.config.hvt_pool or []):
                 if str(block) not in self:
                     self[str(block)] = HPoolViTMerging(self.config, stage)
-                self[str(block)].stage = stage  # it decides which entry of `merge_ratio` counts
+                cast(HPoolViTMerging, self[str(block)]).stage = stage  # it decides which entry of `merge_ratio` counts
             return added
         for schedule in self.config.schedules:
             config = self.config.with_schedule(schedule)
@@ -215,10 +218,11 @@ class HPoolViTStages(nn.ModuleDict):
         What the position embeddings of one of the `later_blocks` start from: those of the nearest stage of the
         schedules before, which may be trained, resized; or 0.
         """
-        positions = self[str(block)].position_embeddings
+        positions = self.get_parameter(f"{block}.position_embeddings")
         before = itertools.takewhile(lambda schedule: block not in schedule, self.config.schedules)
         blocks = sorted(set(itertools.chain.from_iterable(before)))
         if not blocks:
             return torch.zeros_like(positions)
-        nearest = self[str(min(blocks, key=lambda other: abs(other - block)))].position_embeddings
+        block = min(blocks, key=lambda other: abs(other - block))
+        nearest = self.get_parameter(f"{block}.position_embeddings")
         return resize_positions(nearest, (nearest.shape[1],), (positions.shape[1],))
