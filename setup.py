@@ -13,18 +13,33 @@ EXAMPLES += ["requests", "tqdm"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 DEMO = ["gradio>=6"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "parameterized", "timm", "playwright", "build", "ruff", "mypy"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "parameterized", "timm", "playwright"]
+TEST += ["build", "setuptools>=77", "ruff", "mypy"]
 
 setup(
+    script_name="setup.py",  # by which setuptools knows the one file beside the modules that is none
     name="hpool-vit",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text()).group(1),
     description="HPool-ViT, the hierarchically pooled Vision Transformer, for Hugging Face Transformers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The HPool-ViT authors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["vision transformer", "token pooling", "token merging", "image classification", "transformers"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=["hpool_vit"],
     package_dir={"hpool_vit": "."},
+    package_data={"hpool_vit": ["py.typed"]},
     install_requires=["torch>=2.11", "transformers>=5.17", "huggingface_hub>=1.5", "pillow"],
     extras_require={
         "vision": ["torchvision"],
