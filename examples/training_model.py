@@ -8,7 +8,7 @@ import torch
 import yaml
 from convert_vit_checkpoint import convert_source, image_processor_for, read_source
 from torch import nn
-from training_recipe import RecipeArguments, option
+from training_recipe import RecipeArguments, option, prepared_size
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import cached_file
 
@@ -137,8 +137,7 @@ def start_from(
     notes += [f"dropped: {name}" for name in sorted(loading["unexpected_keys"])]
     config = model.config
     processor = AutoImageProcessor.from_pretrained(model_name_or_path)
-    crop = (processor.crop_size["height"], processor.crop_size["width"])
-    if crop != config.image_shape:
+    if prepared_size(processor) != config.image_shape:
         processor = HPoolViTImageProcessor.for_config(
             config, image_mean=processor.image_mean, image_std=processor.image_std, **resize_for(config, recipe)
         )

@@ -125,9 +125,25 @@ class RecipeArguments:
         self._check(name, getattr(self, name) in choices, f"is unknown: choose {', '.join(choices)}")
 
 
+def prepared_size(image_processor: HPoolViTImageProcessor) -> tuple[int | None, int | None]:
+    """Height and width in pixels of what an image processor makes of every image; None where the image decides."""
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    return (size["height"], size["width"])
+
+
 def train_transform(recipe: RecipeArguments, image_processor: HPoolViTImageProcessor) -> Callable:
-    """Augmentation of one image: from a Pillow image in RGB to a normalised tensor of shape (3, height, width)."""
-    size = (image_processor.crop_size["height"], image_processor.crop_size["width"])
+    """
+    Augmentation of one image: from a Pillow image in RGB to a normalised tensor of shape (3, height, width).
+
+    Raises:
+        ValueError: if the image processor gives images of different sizes, which make no batch.
+    """
+    size = prepared_size(image_processor)
+    if None in size:
+        raise ValueError(
+            f"preprocessor_config.json has `size={dict(image_processor.size)}` without a centre crop, so that images "
+            'come in different sizes: set `do_center_crop` to true, or `size` to {"height": …, "width": …}.'
+        )
     interpolation = resampling_of(image_processor)
     if recipe.train_crop == "random_resized":
         steps = [v2.RandomResizedCrop(size, scale=(recipe.crop_min_scale, 1.0), interpolation=interpolation)]

@@ -184,6 +184,16 @@ def test_training_without_augmentation_sees_what_the_evaluation_sees():
     torch.testing.assert_close(train_transform(plain, processor)(photo), validation_transform(processor)(photo))
 
 
+def test_an_image_processor_without_a_crop_is_trained_at_its_own_size(photo):
+    plain = RecipeArguments(train_crop="none", horizontal_flip=0.0)
+    processor = HPoolViTImageProcessor(do_center_crop=False, size={"height": 32, "width": 48})
+    assert train_transform(plain, processor)(photo).shape == (3, 32, 48)
+    difference = (train_transform(plain, processor)(photo) - validation_transform(processor)(photo)).abs()
+    assert difference.max() < 0.02  # one of 255 levels: Pillow rounds otherwise
+    with pytest.raises(ValueError, match=r"`size=.*without a centre crop.*set `do_center_crop` to true"):
+        train_transform(plain, HPoolViTImageProcessor(do_center_crop=False, size={"shortest_edge": 32}))
+
+
 def test_mixing_turns_labels_into_shares_of_the_classes():
     assert batch_mixing(RecipeArguments(), 3) is None
     for settings in ({"mixup_alpha": 1.0}, {"cutmix_alpha": 1.0}):
