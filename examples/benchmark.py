@@ -79,6 +79,8 @@ class Contestant:
 
     def take_turn(self):
         device = self.row.device
+        # Not timed: what idled during the others' turns may have left the caches, and even the memory.
+        self.step.call()
         joules = self.meter.joules() if self.meter else 0.0
         marks = [timer(device)]
         for _ in range(self.result.calls):
