@@ -12,7 +12,7 @@ EXAMPLES = ["torchvision", *TRAINING, "scikit-learn", "matplotlib", "pandas", "p
 EXAMPLES += ["requests", "tqdm"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 DEMO = ["gradio>=6"]
-DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
+DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "parameterized", "timm", "playwright"]
 TEST += ["build", "setuptools>=77", "ruff", "mypy"]
 
