@@ -100,7 +100,7 @@ def draw_memory(by_label: dict[str, Records], axes: Axes):
         known = [(point["image_size"], point["memory_mb"]) for point in points if point["memory_mb"]]
         if known:
             axes.plot(*zip(*known, strict=True), marker="o", markersize=4, label=label)
-    axes.set(xlabel="image size", ylabel="peak memory (MB)", xscale="log", yscale="log")
+    axes.set(xlabel="image size", ylabel="peak memory (MB)", xscale="log", ylim=(0, None))
     ticks(axes, by_label, "image_size")
 
 
@@ -180,12 +180,12 @@ def plot_results(results: list[dict[str, Any]], path: Path, accuracy_files: list
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6.5 * columns, 4.2 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
         panel.draw(axes)
         axes.set_title(panel.title, fontsize="medium")
         axes.grid(alpha=0.3)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
