@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import CODE, TESTS, run_python
+from helpers import CODE, TESTS, run_python, tiny_model
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from hpool_vit import (
@@ -127,3 +127,34 @@ def test_a_subclass_of_a_script_saves_a_folder_that_loads(saved_folder, tmp_path
     run_python(program, saved_folder, tmp_path / "mine")
     again = use(tmp_path / "mine", tmp_path / "copy")
     assert len(again["classes"]) == 3
+
+
+def test_importing_the_package_loads_little_beyond_what_transformers_own_vit_needs():
+    program = (
+        "import sys\n"
+        "from transformers import ViTForImageClassification, ViTImageProcessor, ViTImageProcessorPil\n"
+        "before = set(sys.modules)\n"
+        "import hpool_vit\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+    )
+    new = run_python("-c", program).stdout.split()
+    own = {name for name in new if name.startswith("hpool_vit")}
+    assert len(own) == 5
+    assert {name.partition(".")[0] for name in new} <= {"hpool_vit", "transformers"} and len(new) < 40
+
+
+def test_loading_fills_no_weights_before_it_reads_them(saved_folder, monkeypatch):
+    filled = []
+    for name in ("normal_", "uniform_", "zero_", "fill_"):
+        method = getattr(torch.Tensor, name)
+
+        def fill(tensor, *args, method=method, **kwargs):
+            if isinstance(tensor, torch.nn.Parameter) and tensor.device.type != "meta":
+                filled.append(tensor.shape)
+            return method(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, fill)
+    HPoolViTForImageClassification.from_pretrained(saved_folder)
+    assert not filled
+    tiny_model()
+    assert filled  # a new model is filled
