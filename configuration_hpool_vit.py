@@ -1,6 +1,7 @@
 """HPool-ViT configuration."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import field, fields
@@ -45,7 +46,8 @@ def refuse_with_value_error(cls: Class) -> Class:
             try:
                 return method(self, *args, **kwargs)
             except StrictDataclassError as error:
-                raise ValueError(str(error.__cause__)) from error
+                # Of a field of several types, the message goes on with what each of them says.
+                raise ValueError(str(error.__cause__).partition(" Errors: ")[0]) from error
 
         return wrapper
 
@@ -62,6 +64,18 @@ def _each_once(schedules: Iterable[Any]) -> list[Any]:
         if schedule not in unique:
             unique.append(schedule)
     return unique
+
+
+def _still_needed(stored: list[list[int]], wanted: list[list[int]]) -> list[list[int]]:
+    """
+    The `stored` schedules without which the `wanted` ones could not take over their stages: those for whose number of
+    tokens a wanted stage was made, or all of them, where a new stage is to start from the nearest trained one.
+    """
+    blocks = set(itertools.chain.from_iterable(wanted))
+    if not blocks <= set(itertools.chain.from_iterable(stored)):
+        return stored
+    makers = [next(schedule for schedule in stored if block in schedule) for block in blocks]
+    return [schedule for schedule in stored if schedule in wanted or schedule in makers]
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -121,6 +135,7 @@ class HPoolViTConfig(PreTrainedConfig):
         hvt_pool_choices (`list[list[int] | None]`, *optional*):
             The schedules that the model has stages for, `hvt_pool` among them; None: only that one. A block has as
             many position embeddings as tokens under the first schedule that pools there, and resizes them for others.
+            Given to `from_pretrained` beside `hvt_pool`, a trained model loses the stages that none of them needs.
         pool_mode (`str`, defaults to `"max"`):
             `"max"` or `"avg"`: 1-D pooling along the token axis (paper Section 3.2). `"merge"`: the most similar
             tokens join (after ToMe, arXiv 2210.09461).
@@ -250,9 +265,11 @@ class HPoolViTConfig(PreTrainedConfig):
         config = result[0] if isinstance(result, tuple) else result
         if {"hvt_pool", "hvt_pool_choices"} & kwargs.keys():
             # Weights come with the schedules that they were saved for, and a model needs a place for them.
-            asked = config.hvt_pool_choices if "hvt_pool_choices" in kwargs else None
-            stored = cls(**config_dict)._schedules_with_weights(config.pool_mode)
-            config._list_schedules([*filter(config._accepts, stored), *(asked or [])])
+            stored = [*filter(config._accepts, cls(**config_dict)._schedules_with_weights(config.pool_mode))]
+            if "hvt_pool_choices" in kwargs:
+                wanted = [*config.schedules, list(config.hvt_pool or [])]
+                stored = [*_still_needed(stored, wanted), *wanted]
+            config._list_schedules(stored)
         # The overrides in `kwargs` were assigned one by one, and must fit each other.
         config.validate()
         return result
@@ -469,7 +486,7 @@ class HPoolViTConfig(PreTrainedConfig):
         ratios = self.merge_ratio if isinstance(self.merge_ratio, (list, tuple)) else [self.merge_ratio]
         if not all(0 < ratio <= 0.5 for ratio in ratios) or (self.merge_ratio == [] and blocks):
             raise ValueError(f"`merge_ratio={self.merge_ratio}` must lie in (0, 0.5].")
-        if self.pool_mode == "merge" and isinstance(self.merge_ratio, list) and len(ratios) != len(blocks):
+        if self.pool_mode == "merge" and blocks and isinstance(self.merge_ratio, list) and len(ratios) != len(blocks):
             raise ValueError(
                 f"`merge_ratio={self.merge_ratio}` has {len(ratios)} entries for the {len(blocks)} blocks of "
                 f"`hvt_pool={blocks}`: give one number, or one per block."
