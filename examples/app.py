@@ -27,7 +27,7 @@ import PIL.Image
 import torch
 from app_files import MAX_FILE_MEGABYTES, MAX_MEGAPIXELS, Example, find_examples, open_image, read_images, thumbnail
 from app_inference import ServedModel, find_models, load_models
-from app_markup import CSS, HEADER, LIMITS, caption, describe_schedule, draw_tiles, format_messages
+from app_markup import CSS, HEADER, LIMITS, caption, draw_schedule, draw_tiles, format_messages
 from image_decoding import BadImageError, DataError
 from saved_model import SavedModelError
 
@@ -77,7 +77,7 @@ class Page:
 
     def describe(self, name: str, position: float) -> str:
         """What a schedule is, which takes no time."""
-        return describe_schedule(self.models[name].schedule(position))
+        return draw_schedule(self.models[name].schedule(position))
 
     def take_example(self, name: str, event: gr.SelectData) -> list[str]:
         return [self.examples[name][event.index][0]]

@@ -15,7 +15,7 @@ MAX_MEGAPIXELS = 50
 MAX_EXAMPLES = 12
 # A file and its thumbnail.
 Example = tuple[str, Image.Image]
-DIGITS = [str(digit) for digit in range(10)]
+DIGIT_LABELS = [str(digit) for digit in range(10)]
 
 
 def open_image(file: str | Path) -> Image.Image:
@@ -66,8 +66,8 @@ def find_examples(labels: list[str], examples_dir: Path | None, scratch: Path) -
     Raises:
         DataError: for a folder that does not exist, or without images.
     """
-    if labels == DIGITS:
-        files = write_digits(scratch)
+    if labels == DIGIT_LABELS:
+        files = write_example_digits(scratch)
     elif examples_dir is None:
         return []
     elif not examples_dir.is_dir():
@@ -82,10 +82,10 @@ def find_examples(labels: list[str], examples_dir: Path | None, scratch: Path) -
     return examples
 
 
-def write_digits(folder: Path) -> list[Path]:
+def write_example_digits(folder: Path) -> list[Path]:
     """Writes one test image of each digit."""
     test = load_digits_dataset()["test"]
-    files = [folder / f"{digit}.png" for digit in DIGITS]
+    files = [folder / f"{digit}.png" for digit in DIGIT_LABELS]
     for digit, file in enumerate(files):
         test[test["label"].index(digit)]["image"].save(file)
     return files

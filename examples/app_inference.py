@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import time_in_turns
+from measuring import time_in_turns, timer
 from model_stats import model_stats
 from PIL import Image
 from saved_model import SavedModelError, load_saved_classifier
 from visualize_pooling import draw, save_figure, trace_images
 
-from hpool_vit import HPoolViTConfig
+from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
 
 NUM_TIMED_FORWARDS = 5
@@ -38,7 +38,7 @@ class Schedule:
 class Answer:
     """
     Class probabilities of shape (num_images, num_labels); the median time of a forward of one image in milliseconds;
-    and the images per second when all of them go through the model in one batch.
+    and the images per second when all of them went through the model in one batch.
     """
 
     probabilities: torch.Tensor
@@ -63,12 +63,12 @@ class ServedModel:
         model, self.image_processor, _ = load_saved_classifier(str(folder))
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.labels = distinct_labels(model.config)
-        schedules = [describe_schedule(model.config.with_schedule(hvt_pool)) for hvt_pool in model.config.schedules]
-        # The schedules that the model has stages for, the cheapest first.
+        schedules = [describe_schedule(model.config.with_schedule(hvt_pool)) for hvt_pool in usable_schedules(model)]
+        # The cheapest first.
         self.schedules = sorted(schedules, key=lambda schedule: schedule.macs)
         hvt_pools = [schedule.hvt_pool for schedule in self.schedules]
         self.saved_position = hvt_pools.index(tuple(model.config.hvt_pool or ()))
-        self.macs_without_pooling = macs_without_pooling(model.config)
+        self.macs_without_pooling = model_stats(model.config.with_schedule(None))["macs"]
         # A schedule belongs to the whole model: nobody may change it while another visitor's images pass.
         self.lock = threading.Lock()
 
@@ -86,10 +86,11 @@ class ServedModel:
 
         with self.lock:
             self.set_schedule(position)
-            probabilities = forward(pixel_values)
             [rate] = [rate_of_one] = time_in_turns([partial(forward, pixel_values[:1])], 1, NUM_TIMED_FORWARDS)
+            start = timer(self.model.device)
+            probabilities = forward(pixel_values)
             if len(pixel_values) > 1:
-                [rate] = time_in_turns([partial(forward, pixel_values)], len(pixel_values), NUM_TIMED_FORWARDS)
+                rate = len(pixel_values) / (timer(self.model.device) - start)
         return Answer(probabilities, 1000 / rate_of_one, rate)
 
     def explain(self, image: Image.Image, position: float) -> tuple[torch.Tensor, Image.Image]:
@@ -127,14 +128,21 @@ def read_model_type(folder: Path) -> str | None:
     return content.get("model_type") if isinstance(content, dict) else None
 
 
+def usable_schedules(model: HPoolViTForImageClassification) -> list[list[int]]:
+    """
+    The schedules that a model answers well with: those it has stages for. Merging has no weights, and works with any;
+    here with its own, without its first merges, and without all of them.
+    """
+    config, blocks = model.config, list(model.config.hvt_pool or [])
+    if config.pool_mode != "merge" or config.hvt_pool_choices:
+        return config.schedules
+    if isinstance(config.merge_ratio, list):  # a ratio per block, which fits no other number of blocks
+        return [blocks, []] if blocks else [[]]
+    return [blocks[first:] for first in range(len(blocks) + 1)]
+
+
 def describe_schedule(config: HPoolViTConfig) -> Schedule:
     return Schedule(tuple(config.hvt_pool or ()), tuple(config.tokens_per_stage()), model_stats(config)["macs"])
-
-
-def macs_without_pooling(config: HPoolViTConfig) -> int:
-    config = config.with_schedule(None)
-    config.pool_mode = "max"  # of "merge", a list of ratios would need as many stages
-    return model_stats(config)["macs"]
 
 
 def distinct_labels(config: HPoolViTConfig) -> list[str]:

@@ -6,6 +6,7 @@ from html import escape
 import torch
 from app_files import MAX_FILE_MEGABYTES, MAX_FILES, MAX_MEGAPIXELS
 from app_inference import Answer, Schedule, ServedModel
+from model_stats import format_macs
 
 
 HEADER = """
@@ -55,10 +56,6 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def format_macs(macs: int) -> str:
-    return f"{macs / 1e9:.2f} G" if macs >= 1e8 else f"{macs / 1e6:.1f} M"
-
-
 def pooled_blocks(schedule: Schedule) -> str:
     """Where a schedule pools, in words; blocks are counted from 0, as in `hvt_pool`."""
     if not schedule.hvt_pool:
@@ -66,7 +63,7 @@ def pooled_blocks(schedule: Schedule) -> str:
     return f"Pooling at block{'s' * (len(schedule.hvt_pool) > 1)} {', '.join(map(str, schedule.hvt_pool))}"
 
 
-def describe_schedule(schedule: Schedule) -> str:
+def draw_schedule(schedule: Schedule) -> str:
     """One grid of squares per stage, a square per token, and what it costs."""
     starts = ["at first", *(f"block {block}" for block in schedule.hvt_pool)]
     # All in one line, each square as large in one stage as in another.

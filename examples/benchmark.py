@@ -38,7 +38,7 @@ from benchmark_modes import TASKS, Row, Step, count_macs_per_image, export_onnx,
 from benchmark_report import Measurement, format_group, format_results, summarise, title
 from benchmark_results import ResultsFile
 from benchmark_roof import square_product
-from checkpoint_conversion import run
+from command_line import run
 from measuring import quartiles, timer
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import parse_value
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ViTConfig
 
@@ -67,7 +68,6 @@ def split_name(name: str) -> tuple[str, dict[str, Any]]:
     base, *parts = name.split("@")
     if not parts:
         return base, {}
-    from training_model import parse_value  # here, because few names need it and it takes seconds
 
     fields = {}
     for part in parts:

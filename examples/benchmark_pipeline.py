@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from benchmark_models import find_model
 from benchmark_ways import STEPS, WAYS, Clock, Way, processors_for
-from checkpoint_conversion import run
+from command_line import run
 from export import random_images
 from measuring import format_table, quartiles, timer, write_json
 from torch import nn

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_results import read_results
-from checkpoint_conversion import run
+from command_line import run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 

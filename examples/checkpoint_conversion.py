@@ -4,16 +4,14 @@ import argparse
 import json
 import pickle
 import re
-import sys
-import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import folder_written_whole
 from safetensors.torch import load_file
-from transformers.utils import logging
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
@@ -354,21 +352,9 @@ def write_folder(output_dir: str | Path, *parts):
         output_dir: a folder that does not exist yet, or is empty.
         parts: objects with `save_pretrained`.
     """
-    output_dir = Path(output_dir).resolve()
-    check_output_dir(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
-        complete = Path(scratch) / output_dir.name
+    with folder_written_whole(output_dir) as folder:
         for part in parts:
-            part.save_pretrained(complete)
-        complete.replace(output_dir)
-
-
-def check_output_dir(output_dir: str | Path):
-    """Raises a `ConversionError` if something is in the way; called before the work, not after it."""
-    output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ConversionError(f"`{output_dir}` exists and is not empty: choose another `--output_dir`.")
+            part.save_pretrained(folder)
 
 
 def read_json(path: str | Path) -> dict:
@@ -376,14 +362,3 @@ def read_json(path: str | Path) -> dict:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConversionError(f"`{path}` is no JSON: {error}") from error
-
-
-def run(main: Callable[[], None]):
-    """Runs a converter: what is wrong with the input is one line on stderr and exit code 1, not a traceback."""
-    # The converter's own report says what is new.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

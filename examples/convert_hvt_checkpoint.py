@@ -20,17 +20,16 @@ from checkpoint_conversion import (
     ConversionReport,
     build_model,
     check_labels,
-    check_output_dir,
     image_size_of,
     infer_heads,
     read_checkpoint,
     read_labels,
     refuse,
     resolve_overrides,
-    run,
     timm_name,
     write_folder,
 )
+from command_line import check_output_dir, run
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
 

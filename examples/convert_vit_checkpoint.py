@@ -25,7 +25,6 @@ from checkpoint_conversion import (
     ConversionReport,
     build_model,
     check_labels,
-    check_output_dir,
     image_size_of,
     infer_heads,
     parameter_shapes,
@@ -34,9 +33,9 @@ from checkpoint_conversion import (
     read_labels,
     refuse,
     resolve_overrides,
-    run,
     write_folder,
 )
+from command_line import check_output_dir, run
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.image_utils import PILImageResampling

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from checkpoint_conversion import check_output_dir, run
+from command_line import check_output_dir, run
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits

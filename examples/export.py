@@ -15,19 +15,18 @@ adds a second model, model_int8.onnx, and measures it against the first.
 import argparse
 import importlib.util
 import itertools
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_conversion import check_output_dir, run
+from command_line import check_output_dir, folder_written_whole, run
 from measuring import write_json
-from safetensors import SafetensorError
+from saved_model import SavedModelError, check_weights, load_saved_model
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from transformers import AutoConfig, AutoImageProcessor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
@@ -109,27 +108,37 @@ FORMATS = {
 }
 
 
-def load(name: str) -> tuple[HPoolViTForImageClassification, dict[str, Any]]:
-    """A model in float32 with its whole classifier, and the content of its preprocessor_config.json."""
+def load(name: str) -> tuple[HPoolViTForImageClassification, Any, dict[str, Any]]:
+    """A model in float32 with its whole classifier, its image processor, and what preprocessor_config.json says."""
     try:
-        model_type = AutoConfig.from_pretrained(name).model_type
-        if model_type != HPoolViTConfig.model_type:
-            raise ExportError(f"`--model_name_or_path {name}` holds a model of the type {model_type!r}, no HPool-ViT.")
-        model, info = HPoolViTForImageClassification.from_pretrained(
-            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
-        preprocessing = AutoImageProcessor.from_pretrained(name).to_dict()
-    except ExportError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ExportError(
-            f"`--model_name_or_path {name}` is no complete folder of a model and its image processor: {reason}"
-        ) from error
-    if info["missing_keys"] or model.config.num_labels == 0:
-        raise ExportError(f"`--model_name_or_path {name}` has no trained classifier: fine-tune it first.")
+        model, image_processor, _, new = load_saved_model(name, dtype=torch.float32, attn_implementation="sdpa")
+        if model.config.model_type != HPoolViTConfig.model_type:
+            raise ExportError(
+                f"--model_name_or_path {name} holds a model of the type {model.config.model_type!r}, no HPool-ViT."
+            )
+        check_weights(name, model, new)
+    except SavedModelError as error:
+        raise ExportError(str(error)) from error
+    preprocessing = image_processor.to_dict()
     preprocessing.pop("auto_map", None)  # the code that it names does not go along
-    return model, preprocessing
+    return model, image_processor, preprocessing
+
+
+def check_preprocessing(image_processor: Any, preprocessing: dict[str, Any], config: HPoolViTConfig):
+    """Raises an `ExportError` unless predict_onnx.py prepares an image as the image processor does."""
+    from predict_onnx import preprocess
+
+    height, width = (round(1.4 * side) for side in config.image_shape)
+    image = random_images(1, 3, (height, 2 * width), torch.Generator().manual_seed(0))[0]
+    image = to_pil_image((0.5 + 0.2 * image).clamp(0, 1)).convert("L" if config.num_channels == 1 else "RGB")
+    expected = image_processor(image, return_tensors="pt").pixel_values[0]
+    pixels = torch.from_numpy(preprocess(image, preprocessing))
+    # Pillow and torchvision round the resized pixels differently, by a level or two of 255.
+    if pixels.shape != expected.shape or (pixels - expected).abs().max() > 0.1:
+        raise ExportError(
+            f"{type(image_processor).__name__} prepares images otherwise than predict_onnx.py can: save the model "
+            "with an HPoolViTImageProcessor, or choose --format torch_export."
+        )
 
 
 def image_sizes(config: HPoolViTConfig, dynamic_image_size: bool) -> list[tuple[int, int]]:
@@ -177,8 +186,10 @@ def largest_difference(model: LogitsOnly, exported: Callable, config: HPoolViTCo
 def write_export(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Writes all files into `folder` and returns what was measured."""
     target = FORMATS[args.format]
-    model, preprocessing = load(args.model_name_or_path)
+    model, image_processor, preprocessing = load(args.model_name_or_path)
     config = model.config
+    if args.format == "onnx":
+        check_preprocessing(image_processor, preprocessing, config)
     labels = [config.id2label[index] for index in range(config.num_labels)]
     write_json(folder / "preprocessor_config.json", preprocessing)
     write_json(folder / "labels.json", labels)
@@ -201,15 +212,15 @@ def write_export(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "megabytes": megabytes(file),
     }
     if args.int8:
-        record["int8"] = write_int8(args, folder, labels, preprocessing, config)
+        record["int8"] = add_int8(args, folder, labels, preprocessing, config)
     write_json(folder / RECORD, record)
     return record
 
 
-def write_int8(args, folder: Path, labels: list[str], preprocessing: dict, config: HPoolViTConfig) -> dict[str, Any]:
+def add_int8(args, folder: Path, labels: list[str], preprocessing: dict, config: HPoolViTConfig) -> dict[str, Any]:
     """Writes the model in int8 beside the one in float32, and returns what was measured."""
     from predict_onnx import open_model
-    from quantize import compare, find_images, find_labelled_images, quantize, time_in_turns
+    from quantize import compare, find_images, find_labelled_images, measure_speedup, quantize
 
     labelled = find_labelled_images(args.eval_dir, labels) if args.eval_dir else []
     calibration = find_images(args.calibration_dir, args.num_calibration_images) if args.int8 == "static" else []
@@ -218,7 +229,7 @@ def write_int8(args, folder: Path, labels: list[str], preprocessing: dict, confi
     shape = (args.batch_size, config.num_channels, *config.image_shape)
     images = random_images(*shape[:2], shape[2:], torch.Generator().manual_seed(0)).numpy()
     record = {"method": args.int8, "megabytes": megabytes(folder / INT8_FILE), "batch_size": args.batch_size}
-    record |= time_in_turns(*models, images)
+    record |= measure_speedup(*models, images)
     if labelled:
         record |= compare(*models, labelled, preprocessing, args.batch_size)
     return record
@@ -287,14 +298,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     check_arguments(args)
-    output_dir = args.output_dir.resolve()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     # The folder appears complete and checked, or not at all.
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
-        folder = Path(scratch) / output_dir.name
-        folder.mkdir()
+    with folder_written_whole(args.output_dir) as folder:
         record = write_export(args, folder)
-        folder.replace(output_dir)
     print(report(record))
     print(f"Saved in {args.output_dir}.")
 

@@ -9,14 +9,13 @@ Writes the demo page with its models as the repository of a Hugging Face Space, 
 import argparse
 import re
 import shutil
-import tempfile
 from importlib.metadata import version
 from modulefinder import ModuleFinder
 from pathlib import Path
 
-from app_files import DIGITS, find_examples
+from app_files import DIGIT_LABELS, find_examples
 from app_inference import load_models
-from checkpoint_conversion import check_output_dir, run
+from command_line import check_output_dir, folder_written_whole, run
 
 import hpool_vit
 
@@ -44,11 +43,8 @@ def make_space(folders: list[Path], examples_dir: Path | None, output_dir: Path)
     """
     check_output_dir(output_dir)
     models = load_models(folders)
-    output_dir = output_dir.resolve()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
-        space = Path(scratch) / output_dir.name
-        shutil.copytree(HERE / "space", space)
+    with folder_written_whole(output_dir) as space:
+        shutil.copytree(HERE / "space", space, dirs_exist_ok=True)
         # The page is tested with the Gradio that is installed here.
         card = (space / "README.md").read_text(encoding="utf-8")
         card = re.sub(r"(?m)^sdk_version: .*$", f"sdk_version: {version('gradio')}", card)
@@ -59,10 +55,9 @@ def make_space(folders: list[Path], examples_dir: Path | None, output_dir: Path)
         for folder in folders:
             files = [file for pattern in MODEL_FILES for file in folder.glob(pattern)]
             copy_files(files, space / "models" / folder.resolve().name)
-        if any(model.labels != DIGITS for model in models.values()) and examples_dir:
-            photos = [Path(file) for file, _ in find_examples([], examples_dir, Path(scratch))]
+        if any(model.labels != DIGIT_LABELS for model in models.values()) and examples_dir:
+            photos = [Path(file) for file, _ in find_examples([], examples_dir, scratch=space)]
             copy_files(photos, space / "photos")
-        space.replace(output_dir)
 
 
 def copy_files(files: list[Path], folder: Path):

@@ -15,9 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 import yaml
+from command_line import hub_id, one_line
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 
 ACCURACIES = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
@@ -165,23 +164,6 @@ def _metadata(
 
 def _flatten(pairs: Mapping[str, str]) -> list[str]:
     return [part for pair in pairs.items() for part in pair]
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` if it can be an id on the Hub, `owner/name`, and is no file or folder here; otherwise None."""
-    if name is None or str(name).count("/") != 1 or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def one_line(text: Any) -> str:
-    """`text` on one line and encodable: without control characters, line separators and halves of surrogate pairs."""
-    visible = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", str(text))
-    return " ".join(visible.split())
 
 
 def _description(model, label_names: list[str]) -> str:

@@ -2,20 +2,20 @@
 
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from checkpoint_conversion import check_output_dir, read_json
+from checkpoint_conversion import read_json
+from command_line import check_output_dir, folder_written_whole, one_line
 from compare_runs import format_models
 from earlier_card import EarlierCard, read_earlier_card
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from image_decoding import BadImageError
 from measuring import format_table
-from model_card import escape, one_line, show_value, write_model_card
+from model_card import escape, show_value, write_model_card
 from prediction_inputs import read_image
 from saved_model import load_saved_classifier
 from transformers import pipeline
@@ -73,10 +73,7 @@ def prepare_repository(
     model, image_processor, _ = load_saved_classifier(str(folder))
     if not isinstance(model, HPoolViTForImageClassification):
         raise ValueError(f"--model_name_or_path {folder} holds a {type(model).__name__}, and no HPool-ViT.")
-    output_dir = Path(output_dir).resolve()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
-        complete = Path(scratch) / output_dir.name
+    with folder_written_whole(output_dir) as complete:
         # Saved again instead of copied: nothing else comes along, and the code is this version's.
         model.save_pretrained(complete)
         image_processor.save_pretrained(complete)
@@ -89,7 +86,6 @@ def prepare_repository(
         license = license or getattr(earlier.metadata, "license", None)
         write_card(complete, model, repo_id, earlier, measured, widget, license)
         check_private(complete, folder)
-        complete.replace(output_dir)
     notes = {
         "--license is missing: the card does not say under which licence the weights are": license,
         "--examples are missing: the page will have no pictures to try": widget,

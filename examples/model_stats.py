@@ -79,6 +79,11 @@ def format_stats(name: str, stats: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def format_macs(macs: int) -> str:
+    """A number of MACs for people: 1.62 G, 23.4 M."""
+    return f"{macs / 1e9:.2f} G" if macs >= 1e8 else f"{macs / 1e6:.1f} M"
+
+
 def load_config(name: str) -> HPoolViTConfig:
     """The configuration of a preset, or of a saved folder or Hub id."""
     if name in PRESETS:

@@ -8,6 +8,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from model_stats import format_macs
 from pooling_trace import PoolingTrace, StageTrace, block_macs
 
 from hpool_vit import HPoolViTConfig
@@ -241,7 +242,7 @@ def _draw_chart(figure: Figure, top: float, trace: PoolingTrace, config: HPoolVi
     panels = (
         ("Tokens per block" + " (grey: without pooling)" * bool(schedule), tokens, [num_patches] * len(tokens)),
         (
-            f"MACs per block ({name}): {_readable(sum(macs))} in all blocks{saved}",
+            f"MACs per block ({name}): {format_macs(sum(macs))} in all blocks{saved}",
             *([n / unit for n in costs] for costs in (macs, unpooled)),
         ),
     )
@@ -257,10 +258,6 @@ def _draw_chart(figure: Figure, top: float, trace: PoolingTrace, config: HPoolVi
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
         axes.tick_params(length=0, labelsize=11)
         axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _readable(macs: int) -> str:
-    return f"{macs / 1e9:.2f} G" if macs >= 1e8 else f"{macs / 1e6:.2f} M"
 
 
 def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:

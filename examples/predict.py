@@ -33,8 +33,8 @@ from typing import Any, NoReturn
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from command_line import one_line, parse_value
 from image_decoding import BadImageError, BadImages
-from model_card import one_line
 from PIL import Image
 from prediction_inputs import is_address, list_files, read_image, read_names
 from prediction_output import (
@@ -48,7 +48,6 @@ from prediction_output import (
 )
 from saved_model import load_saved_classifier
 from tqdm import tqdm
-from training_model import parse_value
 from transformers import Pipeline, pipeline
 
 
@@ -84,6 +83,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=20, help="seconds for an address to answer (default: 20)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: an accelerator if there is one)")
     parser.add_argument("--hvt_pool", help="another pooling schedule of the model, such as 1,5 or none")
+    parser.add_argument(
+        "--merge_ratio", help="of a model that merges: another share, or one per block, such as 0.3,0.2"
+    )
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
@@ -264,7 +266,7 @@ def predict(classifier: Pipeline, files: list[str], args: argparse.Namespace, st
     writer = WRITERS[args.format](files, min(args.top_k, classifier.model.config.num_labels))
     shown: list[Prediction] = []
     predictions = classify_together(classifier, files, args, state)
-    with open_output(args.output) if state.is_main_process else contextlib.nullcontext(len) as write:
+    with open_output(args.output) if state.is_main_process else contextlib.nullcontext(drop) as write:
         write(writer.header())
         for prediction in predictions:
             write(writer.row(prediction))
@@ -279,6 +281,10 @@ def predict(classifier: Pipeline, files: list[str], args: argparse.Namespace, st
         print(f"{num_classified} of {len(files)} files classified in {seconds:.1f} s", file=sys.stderr)
         print(bad.summary(), file=sys.stderr)
     return len(files) - num_classified
+
+
+def drop(text: str):
+    """Writes nothing: what processes other than the main one do."""
 
 
 def records_of(prediction: Prediction) -> list[dict[str, str]]:
@@ -308,7 +314,8 @@ def main(argv: list[str] | None = None) -> int:
         if device is None or device == torch.device(state.device.type):
             # Each process has one of its own.
             device = state.device
-        overrides = {} if args.hvt_pool is None else {"hvt_pool": parse_value("hvt_pool", args.hvt_pool)}
+        given = {"hvt_pool": args.hvt_pool, "merge_ratio": args.merge_ratio}
+        overrides = {name: parse_value(name, value) for name, value in given.items() if value is not None}
         files = find_files(args, state)
         model, image_processor, notes = load_saved_classifier(
             args.model_name_or_path, trust_remote_code=args.trust_remote_code, **overrides
@@ -338,4 +345,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; nothing was written.")
+        sys.exit("error: interrupted; no file was written.")

@@ -62,9 +62,9 @@ def preprocess(image: Image.Image, config: dict) -> np.ndarray:
     Returns:
         float32 of shape (num_channels, height, width).
     """
-    if config["do_convert_rgb"]:
+    if config.get("do_convert_rgb"):
         image = to_rgb(image)
-    if config["do_resize"]:
+    if config.get("do_resize"):
         size = config["size"]
         if "shortest_edge" in size:
             short, edge = min(image.size), size["shortest_edge"]
@@ -72,15 +72,15 @@ def preprocess(image: Image.Image, config: dict) -> np.ndarray:
         else:
             width, height = size["width"], size["height"]
         image = image.resize((width, height), config["resample"])
-    if config["do_center_crop"]:
+    if config.get("do_center_crop"):
         width, height = config["crop_size"]["width"], config["crop_size"]["height"]
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image, dtype=np.float32)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    if config["do_rescale"]:
+    if config.get("do_rescale"):
         pixels = pixels * np.float32(config["rescale_factor"])
-    if config["do_normalize"]:
+    if config.get("do_normalize"):
         pixels = (pixels - np.float32(config["image_mean"])) / np.float32(config["image_std"])
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

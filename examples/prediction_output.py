@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command_line import one_line
 from matplotlib import font_manager
-from model_card import one_line
 from PIL import Image, ImageDraw, ImageFont
 
 
 FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "table"}
 SHEET_ENDINGS = (".html", ".htm", ".png")
-DIGITS = 6
+SCORE_DIGITS = 6
 THUMBNAIL = 192
 TILE_TEXT = 54
 MAX_COLUMNS = 8
@@ -87,7 +87,9 @@ class CsvFormat:
         return self._row("file", *(f"{name}{rank}" for rank in ranks for name in ("label", "score")), "error")
 
     def row(self, prediction: Prediction) -> str:
-        cells = [cell for answer in prediction.answers for cell in (answer["label"], round(answer["score"], DIGITS))]
+        cells = [
+            cell for answer in prediction.answers for cell in (answer["label"], round(answer["score"], SCORE_DIGITS))
+        ]
         cells += [""] * (2 * self.top_k - len(cells))
         return self._row(prediction.file, *cells, prediction.reason or "")
 
@@ -109,7 +111,7 @@ class JsonLinesFormat:
 
     def row(self, prediction: Prediction) -> str:
         answers = [
-            {"label": answer["label"], "score": round(answer["score"], DIGITS)} for answer in prediction.answers
+            {"label": answer["label"], "score": round(answer["score"], SCORE_DIGITS)} for answer in prediction.answers
         ]
         content = {"error": prediction.reason} if prediction.reason else {"answers": answers}
         return json.dumps({"file": prediction.file, **content}, ensure_ascii=False) + "\n"

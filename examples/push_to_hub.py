@@ -19,9 +19,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from checkpoint_conversion import run
+from command_line import one_line, run
 from huggingface_hub import HfApi, get_token
-from model_card import one_line
 from model_repository import prepare_repository
 from tqdm import tqdm
 

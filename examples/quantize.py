@@ -95,7 +95,7 @@ def write_int8(file: Path, output: Path, calibration: list[Path], preprocessing:
     quantize_static(file, output, images, quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, **options)
 
 
-def time_in_turns(float32: InferenceSession, int8: InferenceSession, images: np.ndarray, rounds: int = 15) -> dict:
+def measure_speedup(float32: InferenceSession, int8: InferenceSession, images: np.ndarray, rounds: int = 15) -> dict:
     """How many times as fast int8 is: the quartiles over `rounds` in which both take their turn, after a warm-up."""
     speedups = []
     for _ in range(rounds + 2):

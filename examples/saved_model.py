@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_card import hub_id, one_line
+from command_line import hub_id, one_line
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
@@ -70,27 +70,34 @@ def load_saved_classifier(
         SavedModelError: if anything is missing, damaged or not finite, or if the two do not fit.
     """
     model, processor, notes, new = load_saved_model(name, trust_remote_code=trust_remote_code, **overrides)
-    _check_weights(name, model, new)
+    check_weights(name, model, new)
     _check_processor(name, model, processor)
     return model, processor, notes
 
 
 def _check_schedule(name: str, config: Any, overrides: dict[str, Any]) -> list[str]:
-    """Notes on a schedule that was not trained; `SavedModelError` if the model has no schedules."""
+    """Notes on a schedule that was not trained; `SavedModelError` if the model knows no such override."""
+    for flag in ("hvt_pool", "merge_ratio"):
+        if flag in overrides and not hasattr(config, flag):
+            raise SavedModelError(
+                f"--{flag} is for HPool-ViTs, and {name} is a model of the type {config.model_type}."
+            )
+    if "merge_ratio" in overrides and config.pool_mode != "merge":
+        raise SavedModelError(
+            f"--merge_ratio is for models that merge, and {name} has `pool_mode={config.pool_mode!r}`: leave it out."
+        )
     if "hvt_pool" not in overrides:
         return []
-    if not hasattr(config, "schedules"):
-        raise SavedModelError(f"--hvt_pool is for HPool-ViTs, and {name} is a model of the type {config.model_type}.")
     # Merging has no weights of its own, and so works at any block.
     if config.pool_mode == "merge" or (overrides["hvt_pool"] or []) in config.schedules:
         return []
     return [
-        f"note: {name} was not trained with hvt_pool={overrides['hvt_pool']}, only with "
+        f"note: {name} has no stages for hvt_pool={overrides['hvt_pool']}, only for "
         f"{', '.join(map(str, config.schedules))}: expect worse answers."
     ]
 
 
-def _check_weights(name: str, model: nn.Module, new: list[str]):
+def check_weights(name: str, model: nn.Module, new: list[str]):
     if not model.config.num_labels:
         raise SavedModelError(f"--model_name_or_path {name} has no classes (num_labels is 0): it extracts features.")
     if new:

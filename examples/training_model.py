@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import yaml
+from command_line import parse_value
 from convert_vit_checkpoint import convert_source, image_processor_for, read_source
 from torch import nn
 from training_recipe import RecipeArguments, option, prepared_size
@@ -61,26 +62,6 @@ def config_overrides(args: ModelArguments) -> dict[str, Any]:
     if choices and "hvt_pool" not in overrides:
         overrides["hvt_pool"] = choices[0]
     return overrides
-
-
-def parse_value(name: str, text: str) -> Any:
-    """A number, a list (`1,5,9` or `[1, 5, 9]`), a word, true, false or none; `none;6;1,5,9` lists schedules."""
-    if name == "hvt_pool_choices" and "[" not in text:
-        return [parse_value("hvt_pool", part) for part in text.split(";")]
-    if text.strip().lower() in ("none", "null", ""):
-        return None
-    try:
-        value = yaml.safe_load(f"[{text}]" if "," in text and "[" not in text else text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--{name} {text!r} is no value: give a number, a word, or a list such as 1,5,9.") from error
-    if isinstance(value, str):
-        # YAML reads 1e-6 as a text.
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    # A single number where the configuration has a list.
-    return [value] if name == "hvt_pool" and not isinstance(value, list) else value
 
 
 def build_model(

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from command_line import one_line
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from model_card import one_line
 
 import hpool_vit
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoint_conversion import run
+from command_line import run
 from image_decoding import BadImageError, decode_image, read_image
 from matplotlib.figure import Figure
 from PIL import Image
@@ -79,6 +79,8 @@ def prepare(
         same pixels before they are normalised, of shape `(height, width, 3)`, in [0, 1], without those that fill no
         patch.
     """
+    if config.num_channels == 1:
+        images = [image.convert("L") for image in images]
     resize = resize_for(image_processor, *image_size) if image_size else {}
     pixel_values = image_processor(images, return_tensors="pt", **resize)["pixel_values"]
     plain = {"do_normalize": False, "do_rescale": True, "rescale_factor": 1 / 255}
@@ -160,8 +162,7 @@ def check_outputs(args: argparse.Namespace):
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
-    # A list of ratios would not fit a schedule without stages.
-    overrides = {"hvt_pool": None, "merge_ratio": 0.5} if args.no_pooling else {}
+    overrides: dict[str, Any] = {"hvt_pool": None} if args.no_pooling else {}
     if args.hvt_pool:
         overrides["hvt_pool"] = args.hvt_pool
     if args.merge_ratio:

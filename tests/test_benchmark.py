@@ -13,7 +13,7 @@ from benchmark_plots import panels_of, plot_results, read_accuracies
 from benchmark_report import Measurement, format_results, summarise
 from benchmark_results import read_results
 from benchmark_roof import record_products, run_products
-from checkpoint_conversion import run
+from command_line import run
 from helpers import EXAMPLES, TESTS, run_python, tiny_model
 from measuring import count_call_macs
 from PIL import Image
@@ -65,10 +65,11 @@ def test_a_run_measures_models_and_modes_side_by_side_and_says_what_could_not_ru
         assert 0 < pooled["latency_ms"]["p50"] <= pooled["latency_ms"]["p95"]
         assert pooled["memory_mb"] > 0 and pooled["of_roof"][1] > 0 and pooled["of_peak"][1] > 0
         assert rows[names[1], "roof"]["memory_mb"] is None
-        assert "FlashAttention" in rows[names[0], "flash"]["not_run"]
+        # On a CPU in float32 it never runs, whether its package is installed or not.
+        assert rows[names[0], "flash"]["not_run"]
     assert train["rows"][0]["macs"] > 2.5 * inference["rows"][0]["macs"]
     report = output.with_suffix(".md").read_text()
-    for part in ("flash: ImportError: FlashAttention2", "of roof", "fewer MACs", "--rounds 2", "inference, 32 × 32"):
+    for part in ("flash: ", "of roof", "fewer MACs", "--rounds 2", "inference, 32 × 32"):
         assert part in report
     assert "## train, 32 × 32, batch 2" in result.stdout
     with Image.open(output.with_suffix(".png")) as picture:

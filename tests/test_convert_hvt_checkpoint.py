@@ -295,7 +295,7 @@ class TestRefusals:
         path = save(tmp_path / "checkpoint.pth", checkpoint)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("x")
-        with pytest.raises(ConversionError, match="not empty"):
+        with pytest.raises(ValueError, match="not empty"):
             main(["--checkpoint_path", str(path), "--output_dir", str(tmp_path / "out")])
         assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 

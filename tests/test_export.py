@@ -5,16 +5,18 @@ program runs in this process where nothing but its flags matters, because PyTorc
 
 import json
 import sys
+from math import nan
 
 import numpy as np
 import pytest
 import torch
-from checkpoint_conversion import run
-from export import main
-from helpers import EXAMPLES, run_python, tiny_model
+from command_line import run
+from export import FORMATS, Format, check_preprocessing, main
+from helpers import EXAMPLES, run_python, tiny_config, tiny_model
 from image_files import picture, write_folder
 from PIL import Image
 from predict_onnx import open_model, predict, preprocess
+from transformers import ConvNextImageProcessor, ViTImageProcessor
 
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor, HPoolViTImageProcessorPil
 
@@ -201,11 +203,10 @@ def test_images_are_prepared_as_by_the_image_processor(image, settings):
     np.testing.assert_allclose(ours, expected, atol=tolerance)
 
 
-def test_an_export_that_does_not_answer_as_pytorch_does_leaves_nothing(tmp_path, capsys):
-    model = save(tmp_path / "model")
-    with torch.no_grad():
-        model.classifier.bias[1] = float("nan")
-    model.save_pretrained(tmp_path / "model")
+def test_an_export_that_does_not_answer_as_pytorch_does_leaves_nothing(tmp_path, capsys, monkeypatch):
+    save(tmp_path / "model")
+    wrong = Format("model.pt2", (), torch.export.save, lambda file: lambda images: torch.full((len(images), 3), nan))
+    monkeypatch.setitem(FORMATS, "torch_export", wrong)
     flags = ("--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out", "--format", "torch_export")
     assert "differs from PyTorch by nan" in refusal(capsys, *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -216,12 +217,20 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(saved_folder, pho
     (tmp_path / "empty").mkdir()
     headless = save(tmp_path / "headless").base_model
     headless.save_pretrained(tmp_path / "headless")
+    model = save(tmp_path / "nan")
+    with torch.no_grad():
+        model.classifier.bias[1] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    save(tmp_path / "convnext")
+    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path / "convnext")  # it crops by a share
     before = sorted(tmp_path.iterdir())
     good, out = ("--model_name_or_path", saved_folder), ("--output_dir", tmp_path / "out")
     for flags, parts in (
         (("--model_name_or_path", tmp_path / "nowhere", *out), ("--model_name_or_path", "nowhere")),
         (("--model_name_or_path", tmp_path / "empty", *out), ("--model_name_or_path", "empty")),
-        (("--model_name_or_path", tmp_path / "headless", *out), ("no trained classifier", "fine-tune")),
+        (("--model_name_or_path", tmp_path / "headless", *out), ("headless", "no weights for classifier")),
+        (("--model_name_or_path", tmp_path / "nan", *out), ("nan", "classifier.bias are not finite")),
+        (("--model_name_or_path", tmp_path / "convnext", *out), ("ConvNextImageProcessor", "otherwise than")),
         ((*good, "--output_dir", photos), ("photos", "not empty")),
         ((*good, *out, "--int8", "dynamic", "--format", "torch_export"), ("--int8 dynamic", "--format onnx")),
         ((*good, *out, "--int8", "static"), ("--calibration_dir",)),
@@ -233,6 +242,11 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(saved_folder, pho
         message = refusal(capsys, *flags)
         assert all(part in message for part in parts), message
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_image_processor_of_a_vit_goes_along_too():
+    image_processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    check_preprocessing(image_processor, image_processor.to_dict(), tiny_config())
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(saved_folder, tmp_path, capsys):

@@ -399,7 +399,7 @@ def test_another_schedule_gives_other_answers_and_a_note_if_it_was_not_trained(m
     outputs = [tmp_path / "usual.csv", tmp_path / "other.csv", tmp_path / "same.csv"]
     for output, flags in zip(outputs, ({}, {"hvt_pool": "1"}, {"hvt_pool": "1,3"}), strict=True):
         assert run(model, photos, output=output, **flags) == 0
-        assert ("was not trained with hvt_pool=[1]" in capsys.readouterr().err) == (output == outputs[1])
+        assert ("has no stages for hvt_pool=[1]" in capsys.readouterr().err) == (output == outputs[1])
     usual, other, same = (output.read_text() for output in outputs)
     assert usual == same != other
 

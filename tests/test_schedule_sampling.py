@@ -3,7 +3,6 @@ from collections import Counter
 import pytest
 from helpers import tiny_model
 from schedule_sampling import ScheduleSampler, schedule_name
-from training_model import parse_value
 
 
 CHOICES = [None, [2], [1, 3]]
@@ -56,8 +55,3 @@ def test_each_schedule_is_visited_and_left_also_after_an_error():
         for _ in sampler.each():
             raise RuntimeError
     assert model.config.hvt_pool == [1, 3]
-
-
-@pytest.mark.parametrize("text", ["none;2;1,3", "[null, [2], [1, 3]]"])
-def test_schedules_are_written_with_semicolons_or_as_a_list(text):
-    assert parse_value("hvt_pool_choices", text) == CHOICES

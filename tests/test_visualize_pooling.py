@@ -97,7 +97,8 @@ class TestWhatTheModelSees:
     def test_greyscale_models_see_grey(self, photo):
         config = tiny_model(num_channels=1).config
         processor = HPoolViTImageProcessor.for_config(config, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
-        pixel_values, (seen,) = prepare(processor, [Image.open(photo).convert("L")], config)
+        pixel_values, (seen,) = prepare(processor, [Image.open(photo).convert("RGB")], config)
+        assert pixel_values.shape == (1, 1, 32, 32)
         np.testing.assert_allclose(seen, (pixel_values[0] * 0.5 + 0.5).expand(3, -1, -1).permute(1, 2, 0), atol=1e-6)
 
 
@@ -220,6 +221,7 @@ class TestTheProgram:
             (["--model_name_or_path", "damaged"], "--model_name_or_path damaged cannot be loaded: "),
             (["--hvt_pool", "9"], "`hvt_pool=[9]` names block 9"),
             (["--hvt_pool", "0", "1", "2", "3", "--image_size", "12"], "runs out of tokens"),
+            (["--merge_ratio", "0.3"], "--merge_ratio is for models that merge"),
             (["--image_size", "0"], "--image_size 0 must be one or two numbers"),
             (["--image_size", "1", "2", "3"], "--image_size 1 2 3 must be one or two numbers"),
             (["--output", "photo.jpg"], "--output photo.jpg is the file of --image too"),

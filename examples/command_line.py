@@ -1,0 +1,117 @@
+"""What the programs share on the command line: errors of one line, folders written whole, values of flags."""
+
+import contextlib
+import re
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+def run(main: Callable[[], None]):
+    """Runs a program: what is wrong with the input is one line on stderr and exit code 1, not a traceback."""
+    from transformers.utils import logging  # here, because it takes a second and the other functions do without
+
+    # The program's own report says what is new.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def one_line(text: Any) -> str:
+    """`text` on one line and encodable: without control characters, line separators and halves of surrogate pairs."""
+    visible = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", str(text))
+    return " ".join(visible.split())
+
+
+def check_output_dir(output_dir: str | Path):
+    """Raises a `ValueError` if something is in the way; called before the work, not after it."""
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"`{output_dir}` exists and is not empty: choose another `--output_dir`.")
+
+
+@contextlib.contextmanager
+def folder_written_whole(output_dir: str | Path) -> Iterator[Path]:
+    """
+    A new folder to write into, beside `output_dir` and of the same name, that takes its place when the block ends.
+    After an error, Ctrl+C or SIGTERM nothing is left of it.
+
+    Args:
+        output_dir: a folder that does not exist yet, or is empty; those that it is to be in are made.
+
+    Raises:
+        ValueError: if something is in the way.
+    """
+    output_dir = Path(output_dir).resolve()
+    check_output_dir(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _exit_on_sigterm(),
+        tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch,
+    ):
+        folder = Path(scratch) / output_dir.name
+        folder.mkdir()
+        yield folder
+        folder.replace(output_dir)
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises `SystemExit`, so that files are cleaned up; not in a program that handles it itself."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: Any):
+        # A second signal must not end the cleaning up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it can be an id on the Hub, `owner/name`, and is no file or folder here; otherwise None."""
+    if name is None or str(name).count("/") != 1 or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def parse_value(name: str, text: str) -> Any:
+    """A number, a list (`1,5,9` or `[1, 5, 9]`), a word, true, false or none; `none;6;1,5,9` lists schedules."""
+    if name == "hvt_pool_choices" and "[" not in text:
+        return [parse_value("hvt_pool", part) for part in text.split(";")]
+    if text.strip().lower() in ("none", "null", ""):
+        return None
+    try:
+        value = yaml.safe_load(f"[{text}]" if "," in text and "[" not in text else text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{name} {text!r} is no value: give a number, a word, or a list such as 1,5,9.") from error
+    if isinstance(value, str):
+        # YAML reads 1e-6 as a text.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    # A single number where the configuration has a list.
+    return [value] if name == "hvt_pool" and not isinstance(value, list) else value
