@@ -12,9 +12,11 @@ from helpers import EXAMPLES
 
 
 WRITING = """\
-import sys, time
+import signal, sys, time
 from command_line import folder_written_whole
 
+# A shell that runs the tests in the background has its programs ignore Ctrl+C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with folder_written_whole(sys.argv[1]) as folder:
     (folder / "half").touch()
     print("writing", flush=True)
