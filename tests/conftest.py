@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import EXAMPLES, tiny_model
 
 from hpool_vit import HPoolViTImageProcessor
@@ -27,6 +28,15 @@ def seeded():
 def fresh_compiler():
     """`torch.compile` counts compilations per line of code over a whole process: this starts at none."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Each run of a program would be a process of its own."""
+    yield
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import timm
 import torch
 import typer
 from accelerate.commands.launch import launch_command_parser
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from documentation import PAGES, ROOT, Block, Command, read_blocks, record_commands, show
 from helpers import EXAMPLES, TESTS
 from huggingface_hub.cli.hf import app
@@ -29,6 +28,7 @@ from training_arguments import parse_arguments
 from transformers import DeiTImageProcessor, ViTConfig, ViTForImageClassification
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 # Programs that end within seconds on tiny models; the arguments of all others are parsed.
 QUICK = {"convert_hvt_checkpoint", "convert_vit_checkpoint", "model_stats", "visualize_pooling"}
 QUICK |= {"predict", "predict_onnx", "push_to_hub", "make_space"}
@@ -36,15 +36,6 @@ QUICK |= {"predict", "predict_onnx", "push_to_hub", "make_space"}
 ON_ONE_PAGE = {"export": "deploy.md"}
 TRAINING = {"run_image_classification", "run_image_classification_no_trainer"}
 LABELS = ("ant", "bee", "cat")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Each run of a program would be a process of its own."""
-    yield
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import run_image_classification
 import run_image_classification_no_trainer
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from checkpoints import list_checkpoints
 from helpers import tiny_model
 from huggingface_hub import ModelCard
@@ -21,6 +20,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 PROGRAMS = {"trainer": run_image_classification, "loop": run_image_classification_no_trainer}
 both_programs = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 
@@ -29,15 +29,6 @@ TINY = [
     "--image_size 16 --patch_size 4 --hidden_size 32 --intermediate_size 64 --num_hidden_layers 2",
     "--num_attention_heads 2 --hvt_pool 1",
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Each run of a program would be a process of its own."""
-    yield
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
