@@ -7,7 +7,7 @@ from setuptools import setup
 
 
 ROOT = Path(__file__).parent
-TRAINING = ["accelerate>=1.10", "datasets>=4.4", "evaluate>=0.4.6"]
+TRAINING = ["accelerate>=1.10", "datasets>=5.0", "evaluate>=0.4.6"]
 EXAMPLES = ["torchvision", *TRAINING, "scikit-learn", "matplotlib", "pandas", "psutil", "pyyaml", "tensorboard"]
 EXAMPLES += ["requests", "tqdm"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
