@@ -1,6 +1,7 @@
 """
-Exported models against PyTorch: logits in float32 to 1e-4, in int8 to a quarter of the spread of the logits, or
-half of it with fixed ranges. The program runs in this process where nothing but its flags matters, because PyTorch and Transformers are slow to import.
+Exported models against PyTorch: logits in float32 to 1e-4, in int8 to a quarter of the spread of the logits, or half
+of it with fixed ranges. The program runs in this process where nothing but its flags matters, because PyTorch and
+Transformers are slow to import.
 """
 
 import json
