@@ -87,7 +87,7 @@ def preprocess(image: Image.Image, config: dict) -> np.ndarray:
 
 def for_image_size(config: dict, size: int) -> dict:
     """`config` for square images of `size` pixels, of which the crop keeps its share."""
-    share = max(config["crop_size"].values()) / config["size"]["shortest_edge"] if config["do_center_crop"] else 1
+    share = max(config["crop_size"].values()) / config["size"]["shortest_edge"] if config.get("do_center_crop") else 1
     square = {"height": size, "width": size}
     resize = {"shortest_edge": round(size / share)} if "shortest_edge" in config["size"] else square
     return {**config, "do_resize": True, "size": resize, "crop_size": square}
