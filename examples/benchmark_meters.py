@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from benchmark_models import Unavailable
 from benchmark_modes import Row, import_libraries, prepare
+from measuring import resident_bytes
 
 
 MB = 1e6
@@ -71,15 +72,6 @@ def short_reason(error: BaseException, length: int = 160) -> str:
     return reason if len(reason) <= length else reason[: length - 1] + "…"
 
 
-def resident_bytes(field: str) -> int | None:
-    """`VmRSS`, the memory that this process has now, or `VmHWM`, the most it has had; None but on Linux."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024
-
-
 def reset_peak():
     """From here on `VmHWM` starts anew."""
     with suppress(OSError):  # where that is not allowed, building the model counts too
@@ -105,7 +97,7 @@ def step_memory(row: Row, scratch: Path) -> float | None:
 
 
 class CudaMemory:
-    """The peak that PyTorch's tensors of one row take on a CUDA device: `with CudaMemory(device) as memory: …`."""
+    """The peak that PyTorch's tensors of one row take on a CUDA device, above what others held when this was made."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)

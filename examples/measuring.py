@@ -1,7 +1,8 @@
-"""Multiply-accumulates and speeds of models side by side, and tables of them. Shared by the measuring programs."""
+"""Multiply-accumulates, speeds and memory of models side by side, and tables. Shared by the measuring programs."""
 
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -52,6 +53,15 @@ def timer(device: str | torch.device) -> float:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def resident_bytes(field: str) -> int | None:
+    """`VmRSS`, the memory that this process has now, or `VmHWM`, the most it has had; None but on Linux."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024
 
 
 def quartiles(values: list[float], digits: int = 4) -> list[float]:

@@ -18,6 +18,7 @@ from command_line import one_line
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from measuring import resident_bytes
 
 import hpool_vit
 
@@ -292,10 +293,9 @@ def _cpu_model() -> str:
 
 def _peak_resident_bytes() -> int:
     # Not `getrusage` on Linux, where it starts at the peak of the process that started this one.
-    status = Path("/proc/self/status")
-    if status.exists():
-        (peak,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(peak.split()[1]) * 1024
+    peak = resident_bytes("VmHWM")
+    if peak is not None:
+        return peak
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource
