@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/app.py
+	$(BIN)/hpool-vit demo
 
 # Two processes of one thread each: the models of the tests are too small to gain from more.
 test: $(VENV)/.installed
@@ -41,14 +41,14 @@ test-slow: $(VENV)/.installed
 
 test-demo: $(VENV)/.installed
 	.ci/install_browser.sh
-	$(BIN)/python -m pytest -m demo tests/demo
+	$(BIN)/python -m pytest -m demo tests/toolkit/demo/browser
 
 test-conformance: $(VENV)/.installed
 	$(BIN)/python tests/conformance/fetch_transformers_tests.py
 	$(BIN)/python -m pytest tests/conformance -m conformance
 
 benchmark: $(VENV)/.installed
-	$(BIN)/python examples/benchmark.py --short --overwrite --output outputs/benchmark
+	$(BIN)/python examples/benchmark/benchmark.py --short --overwrite --output outputs/benchmark
 
 # An environment of its own beside the other one.
 .venv-oldest/.installed: setup.py constraints-oldest.txt

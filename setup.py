@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
@@ -37,9 +37,10 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    packages=["hpool_vit"],
+    packages=["hpool_vit", *(f"hpool_vit.{name}" for name in find_packages(include=["toolkit", "toolkit.*"]))],
     package_dir={"hpool_vit": "."},
-    package_data={"hpool_vit": ["py.typed"]},
+    package_data={"hpool_vit": ["py.typed"], "hpool_vit.toolkit.demo": ["space_files/*"]},
+    entry_points={"console_scripts": ["hpool-vit = hpool_vit.toolkit.command:main"]},
     install_requires=["torch>=2.11", "transformers>=5.17", "huggingface_hub>=1.5", "pillow"],
     extras_require={
         "vision": ["torchvision"],

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from digits import load_digits_dataset
+
+from hpool_vit.toolkit.data.digits import load_digits_dataset
 
 
-EXAMPLES = Path(__file__).resolve().parent
 RESULTS_NAME = "quickstart.json"
 SHEET_NAME = "test_images.png"
 
@@ -37,7 +37,9 @@ def claim_output_dir(output_dir: Path):
 def compute_metrics(prediction) -> dict[str, float]:
     import evaluate
 
-    metric = evaluate.load(str(EXAMPLES / "metrics" / "topk_accuracy"))
+    from hpool_vit.toolkit.training.report import METRICS
+
+    metric = evaluate.load(str(METRICS / "topk_accuracy"))
     return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from checkpoints import find_last_checkpoint
 from tqdm.auto import tqdm
-from training_arguments import DEFAULTS
-from training_run import TrainingRun, TrainingStopped, is_due, run_program
 from transformers import get_scheduler
+
+from hpool_vit.toolkit.training.arguments import DEFAULTS
+from hpool_vit.toolkit.training.checkpoints import find_last_checkpoint
+from hpool_vit.toolkit.training.run import TrainingRun, TrainingStopped, is_due, run_program
 
 
 # What of `TrainingArguments` this loop heeds; the others are refused rather than ignored.

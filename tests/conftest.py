@@ -16,7 +16,7 @@ from helpers import EXAMPLES, tiny_model
 from hpool_vit import HPoolViTImageProcessor
 
 
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmark"), str(EXAMPLES / "research")]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,9 @@ from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
 
 TESTS = Path(__file__).parent
-EXAMPLES = TESTS.parent / "examples"
+ROOT = TESTS.parent
+EXAMPLES = ROOT / "examples"
+TOOLKIT = ROOT / "toolkit"
 
 # The modules that a saved folder of model and image processor carries.
 CODE = {
@@ -54,3 +56,8 @@ def run_python(*args, hide: tuple[str, ...] = (), check: bool = True, **kwargs) 
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, **kwargs)
     assert not check or result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     return result
+
+
+def run_command(*args, **kwargs) -> subprocess.CompletedProcess:
+    """Runs `hpool-vit` with `args` in a fresh process; keywords as for `run_python`."""
+    return run_python("-m", "hpool_vit.toolkit.command", *args, **kwargs)

@@ -1,0 +1,512 @@
+"""ViTs of Transformers and timm become HPool-ViTs that start from their weights, and unpooled ones answer alike."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import TOOLKIT, run_python
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTImageProcessor,
+    ViTModel,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
+)
+
+from hpool_vit.toolkit.conversion.checkpoint import ConversionError
+from hpool_vit.toolkit.conversion.vit import MERGE_DEFAULTS, convert_source, convert_vit, main, read_source
+
+
+TIMM = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 5}
+TRANSFORMERS = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Weights that make every part count, LayerNorms included, which start as the identity."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+def timm_model(name: str = "vit_tiny_patch16_224", **overrides) -> nn.Module:
+    return randomize(timm.create_model(name, **{**TIMM, **overrides}))
+
+
+def save(model: nn.Module, path: Path) -> str:
+    if path.suffix == ".safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict(), path)
+    return str(path)
+
+
+def convert(model: nn.Module, tmp_path: Path, **overrides):
+    """Converts a timm model by way of a file."""
+    return convert_vit(save(model, tmp_path / "timm.pth"), num_attention_heads=2, **overrides)
+
+
+@torch.no_grad()
+def assert_same(ours: nn.Module, theirs: nn.Module, pixel_values: torch.Tensor):
+    expected = theirs(pixel_values)
+    torch.testing.assert_close(ours(pixel_values).logits, getattr(expected, "logits", expected), rtol=0, atol=1e-5)
+
+
+class TestTimm:
+    @pytest.mark.parametrize("fc_norm", [True, False], ids=["norm behind the mean", "norm before the mean"])
+    @pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+    def test_without_class_token_and_with_average_pooling_the_logits_are_the_same(
+        self, tmp_path, pixel_values, suffix, fc_norm
+    ):
+        theirs = timm_model(class_token=False, global_pool="avg", fc_norm=fc_norm)
+        path = save(theirs, tmp_path / f"timm{suffix}")
+        ours, report = convert_vit(path, hvt_pool=None, num_attention_heads=2)
+        assert_same(ours, theirs, pixel_values)
+        assert not ours.config.use_class_token
+        assert report.dropped == report.initialised == []
+
+    @pytest.mark.parametrize(
+        ("name", "overrides"),
+        [
+            ("vit_tiny_patch16_224", {}),
+            ("deit_tiny_patch16_224", {}),
+            ("vit_tiny_patch16_224", {"no_embed_class": True, "init_values": 0.3}),
+            ("vit_tiny_patch16_224", {"qkv_bias": False}),
+            ("vit_tiny_patch16_224", {"num_classes": 0}),
+            ("vit_tiny_patch16_224", {"mlp_ratio": 3, "in_chans": 1}),
+        ],
+        ids=["vit", "deit", "deit-3", "no bias", "no head", "other sizes"],
+    )
+    def test_with_a_class_token_the_logits_are_the_same(self, tmp_path, name, overrides):
+        theirs = timm_model(name, **overrides)
+        ours, report = convert(theirs, tmp_path, hvt_pool=None)
+        assert_same(ours, theirs, torch.randn(2, overrides.get("in_chans", 3), 32, 32))
+        assert ours.config.use_class_token
+        assert report.dropped == report.initialised == []
+
+    def test_both_kinds_of_patch_embedding_are_the_same_function(self, tmp_path, pixel_values):
+        theirs = timm_model()
+        ours, _ = convert(theirs, tmp_path, hvt_pool=None, patchify_technique="linear")
+        assert_same(ours, theirs, pixel_values)
+
+    def test_a_rectangular_source_needs_its_image_size(self, tmp_path):
+        theirs = timm_model(img_size=(32, 28))
+        with pytest.raises(ConversionError, match="--image_size HEIGHT WIDTH"):
+            convert(theirs, tmp_path)
+        ours, _ = convert(theirs, tmp_path, hvt_pool=None, image_size=(32, 28))
+        assert_same(ours, theirs, torch.randn(2, 3, 32, 28))
+
+    def test_what_could_be_a_rectangle_or_a_square_is_said(self, tmp_path):
+        theirs = timm_model(img_size=(32, 24))  # 8 × 6 patches and the class token, or 7 × 7 patches without it
+        assert "`--image_size`" in str(convert(theirs, tmp_path)[1])
+        ours, report = convert(theirs, tmp_path, hvt_pool=None, image_size=(32, 24))
+        assert report.notes == []
+        assert_same(ours, theirs, torch.randn(2, 3, 32, 24))
+
+    def test_the_distillation_token_goes(self, tmp_path, pixel_values):
+        theirs = timm_model("deit_tiny_distilled_patch16_224")
+        ours, report = convert(theirs, tmp_path, hvt_pool=None)
+        assert report.dropped == ["dist_token", "head_dist.weight", "head_dist.bias"]
+        kept = {name: tensor for name, tensor in theirs.state_dict().items() if name not in report.dropped}
+        kept["pos_embed"] = kept["pos_embed"][:, [0, *range(2, 66)]]
+        undistilled = timm_model("deit_tiny_patch16_224")
+        undistilled.load_state_dict(kept)
+        assert_same(ours, undistilled, pixel_values)
+
+    def test_without_the_class_token_the_rest_stays(self, tmp_path, pixel_values):
+        theirs = timm_model()
+        ours, report = convert(theirs, tmp_path, hvt_pool=None, use_class_token=False)
+        assert report.dropped == ["cls_token"]
+        assert "trained on the class token" in str(report)
+        kept = {name: tensor for name, tensor in theirs.state_dict().items() if name != "cls_token"}
+        kept["pos_embed"] = kept["pos_embed"][:, 1:]
+        averaging = timm_model(class_token=False, global_pool="avg", fc_norm=False)
+        averaging.load_state_dict(kept)
+        assert_same(ours, averaging, pixel_values)
+
+    def test_a_class_token_that_the_source_does_not_have_is_new(self, tmp_path):
+        theirs = timm_model(class_token=False, global_pool="avg", fc_norm=False)
+        ours, report = convert(theirs, tmp_path, use_class_token=True)
+        assert "hpool_vit.embeddings.cls_token" in report.initialised
+        embeddings = ours.hpool_vit.embeddings
+        assert embeddings.cls_token.std() > 0
+        assert embeddings.position_embeddings[:, 0].abs().max() == 0
+        torch.testing.assert_close(embeddings.position_embeddings[:, 1:], theirs.pos_embed)
+
+    def test_a_head_that_reads_the_mean_needs_no_class_token(self, tmp_path):
+        theirs = timm_model(global_pool="avg")
+        ours, report = convert(theirs, tmp_path)
+        assert not ours.config.use_class_token
+        assert ours.config.norm_after_pooling
+        assert report.dropped == ["cls_token"]
+
+    def test_the_names_of_the_original_deit_iii_are_known(self, tmp_path, pixel_values):
+        theirs = timm_model(no_embed_class=True, init_values=0.3)
+        tensors = theirs.state_dict()
+        tensors = {
+            name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensors[name] for name in tensors
+        }
+        torch.save({"model": tensors}, tmp_path / "deit_3.pth")
+        ours, _ = convert_vit(str(tmp_path / "deit_3.pth"), hvt_pool=None, num_attention_heads=2)
+        assert_same(ours, theirs, pixel_values)
+
+    def test_a_training_checkpoint_gives_its_moving_average_when_asked(self, tmp_path, pixel_values):
+        theirs, raw = timm_model(), timm_model()
+        checkpoint = {"state_dict": raw.state_dict(), "state_dict_ema": theirs.state_dict(), "epoch": 3}
+        path = str(tmp_path / "model_best.pth.tar")
+        torch.save(checkpoint, path)
+        for use_ema, expected in ((False, raw), (True, theirs)):
+            ours, _ = convert_vit(path, use_ema=use_ema, hvt_pool=None, num_attention_heads=2)
+            assert_same(ours, expected, pixel_values)
+
+    def test_half_precision_becomes_single(self, tmp_path):
+        theirs = timm_model().half()
+        ours, _ = convert(theirs, tmp_path)
+        assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+        torch.testing.assert_close(ours.classifier.weight, theirs.head.weight.float())
+
+    @pytest.mark.parametrize("safe", [True, False])
+    def test_a_folder_of_timm_tells_more_than_its_weights(self, tmp_path, pixel_values, safe):
+        theirs = timm_model(global_pool="avg", fc_norm=False)
+        data = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.4, 0.2), "crop_pct": 0.8, "interpolation": "bilinear"}
+        timm.models.save_for_hf(theirs, tmp_path / "timm", safe_serialization=safe, data_config=data, model_args=TIMM)
+        source = read_source(str(tmp_path / "timm"))
+        ours, _ = convert_source(source, hvt_pool=None)
+        assert not ours.config.use_class_token  # its file alone would look like one that reads it
+        assert ours.config.num_attention_heads == 2
+        main(["--model_name_or_path", str(tmp_path / "timm"), "--output_dir", str(tmp_path / "out")])
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+        assert list(processor.image_mean) == [0.5, 0.4, 0.3]
+        assert processor.size == {"shortest_edge": 40}
+        assert processor.crop_size == {"height": 32, "width": 32}
+        assert processor.resample == Image.Resampling.BILINEAR
+
+
+class TestTransformers:
+    @pytest.mark.parametrize(
+        ("config", "model_class"),
+        [
+            (ViTConfig(**TRANSFORMERS), ViTForImageClassification),
+            (ViTConfig(**TRANSFORMERS, qkv_bias=False, hidden_act="gelu_new"), ViTForImageClassification),
+            (ViTMSNConfig(**TRANSFORMERS), ViTMSNForImageClassification),
+        ],
+        ids=["vit", "other vit", "msn"],
+    )
+    def test_with_the_class_token_the_logits_are_the_same(self, tmp_path, pixel_values, config, model_class):
+        theirs = randomize(model_class(config))
+        theirs.save_pretrained(tmp_path / "source")
+        ours, report = convert_vit(str(tmp_path / "source"), hvt_pool=None)
+        assert_same(ours, theirs, pixel_values)
+        assert report.dropped == report.initialised == report.notes == []
+
+    @pytest.mark.parametrize(
+        ("theirs", "dropped"),
+        [
+            (ViTModel(ViTConfig(**TRANSFORMERS)), ["pooler.dense.weight", "pooler.dense.bias"]),
+            (Dinov2Model(Dinov2Config(**TRANSFORMERS, mlp_ratio=2)), ["embeddings.mask_token"]),
+        ],
+        ids=["vit", "dinov2"],
+    )
+    def test_without_a_head_the_features_are_the_same(self, tmp_path, pixel_values, theirs, dropped):
+        randomize(theirs).save_pretrained(tmp_path / "source")
+        ours, report = convert_vit(str(tmp_path / "source"), hvt_pool=None)
+        with torch.no_grad():
+            expected = theirs(pixel_values).last_hidden_state
+            torch.testing.assert_close(ours.hpool_vit(pixel_values).last_hidden_state, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours(pixel_values).logits, expected[:, 0], rtol=0, atol=1e-5)
+        assert report.dropped == dropped
+
+    @pytest.mark.parametrize("model_class", [DeiTForImageClassification, DeiTForImageClassificationWithTeacher])
+    def test_of_deit_all_stays_but_the_distillation_token(self, tmp_path, pixel_values, model_class):
+        theirs = randomize(model_class(DeiTConfig(**TRANSFORMERS)))
+        theirs.save_pretrained(tmp_path / "source")
+        ours, report = convert_vit(str(tmp_path / "source"), hvt_pool=None)
+        assert "embeddings.distillation_token" in report.dropped
+        # The same model, whose embeddings lose the second of the tokens on their way to the blocks.
+        theirs.deit.embeddings.register_forward_hook(lambda module, inputs, tokens: tokens[:, [0, *range(2, 66)]])
+        with torch.no_grad():
+            outputs = theirs(pixel_values)
+            logits = outputs.cls_logits if "cls_logits" in outputs else outputs.logits
+            torch.testing.assert_close(ours(pixel_values).logits, logits, rtol=0, atol=1e-5)
+
+    def test_a_head_that_reads_more_than_the_class_token_is_new(self, tmp_path):
+        theirs = Dinov2ForImageClassification(Dinov2Config(**TRANSFORMERS, mlp_ratio=2))
+        theirs.save_pretrained(tmp_path / "source")
+        ours, report = convert_vit(str(tmp_path / "source"))
+        assert ours.config.num_labels == 5
+        assert {"classifier.weight", "classifier.bias"} <= set(report.dropped) & set(report.initialised)
+
+    def test_a_pretraining_decoder_is_dropped(self, tmp_path):
+        ViTForMaskedImageModeling(ViTConfig(**TRANSFORMERS, encoder_stride=4)).save_pretrained(tmp_path / "source")
+        _, report = convert_vit(str(tmp_path / "source"))
+        assert {"decoder.0.weight", "decoder.0.bias", "embeddings.mask_token"} == set(report.dropped)
+
+    def test_the_settings_stay(self, tmp_path):
+        config = ViTConfig(
+            **{**TRANSFORMERS, "num_labels": 2},
+            layer_norm_eps=1e-3,
+            hidden_act="relu",
+            hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.2,
+            id2label={0: "ant", 1: "bee"},
+            label2id={"ant": 0, "bee": 1},
+        )
+        ViTForImageClassification(config).save_pretrained(tmp_path / "source")
+        ours = convert_vit(str(tmp_path / "source"))[0].config
+        assert (ours.layer_norm_eps, ours.hidden_act, ours.id2label) == (1e-3, "relu", {0: "ant", 1: "bee"})
+        assert ours.dropout == ours.hidden_dropout_prob == ours.projection_dropout_prob == 0.1
+        assert ours.attention_probs_dropout_prob == 0.2
+
+    def test_the_image_processor_prepares_as_the_sources(self, tmp_path):
+        ViTForImageClassification(ViTConfig(**TRANSFORMERS)).save_pretrained(tmp_path / "source")
+        theirs = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        theirs.save_pretrained(tmp_path / "source")
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+        expected = theirs(image, return_tensors="pt")["pixel_values"]
+
+        main(["--model_name_or_path", str(tmp_path / "source"), "--output_dir", str(tmp_path / "out")])
+        ours = AutoImageProcessor.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(ours(image, return_tensors="pt")["pixel_values"], expected)
+
+        arguments = ["--model_name_or_path", str(tmp_path / "source"), "--image_size", "48"]
+        main([*arguments, "--output_dir", str(tmp_path / "larger")])
+        larger = AutoImageProcessor.from_pretrained(tmp_path / "larger")
+        assert larger.crop_size == {"height": 48, "width": 48}
+        assert list(larger.image_mean) == [0.5] * 3
+
+
+class TestPooling:
+    def test_stages_start_without_positions_by_default(self, tmp_path):
+        ours, report = convert(timm_model(), tmp_path, hvt_pool=[1, 2])
+        stages = ours.hpool_vit.pooling
+        assert [stages[block].position_embeddings.abs().max() for block in ("1", "2")] == [0, 0]
+        assert report.initialised == [f"hpool_vit.pooling.{block}.position_embeddings (zero)" for block in (1, 2)]
+
+    @pytest.mark.parametrize("class_token", [True, False])
+    def test_stages_can_start_from_the_pooled_first_positions(self, tmp_path, class_token):
+        theirs = timm_model()
+        ours, _ = convert(
+            theirs, tmp_path, hvt_pool=[1, 2], pool_mode="avg", stage_positions="pooled", use_class_token=class_token
+        )
+        expected = theirs.pos_embed[:, 1:].transpose(1, 2)
+        for block in ("1", "2"):
+            expected = nn.functional.avg_pool1d(expected, 3, 2)
+            torch.testing.assert_close(ours.hpool_vit.pooling[block].position_embeddings.transpose(1, 2), expected)
+
+    @pytest.mark.parametrize("stage_positions", ["zero", "pooled"])
+    def test_each_schedule_of_several_gets_its_stages(self, tmp_path, stage_positions):
+        theirs = timm_model()
+        pooling = {"hvt_pool": [1, 2], "hvt_pool_choices": [None, [2], [1, 2], [0]]}
+        ours, report = convert(theirs, tmp_path, stage_positions=stage_positions, **pooling)
+        assert set(ours.hpool_vit.pooling) == {"0", "1", "2"}
+        alone, _ = convert(theirs, tmp_path, hvt_pool=[2], stage_positions=stage_positions)
+        expected = alone.hpool_vit.pooling["2"].position_embeddings
+        torch.testing.assert_close(ours.hpool_vit.pooling["2"].position_embeddings, expected)
+        assert sum("pooling" in name for name in report.initialised) == 3
+
+    def test_the_default_schedule_is_the_papers_scaled_to_the_depth(self, tmp_path):
+        assert convert(timm_model(depth=12), tmp_path)[0].config.hvt_pool == [1, 5, 9]
+        assert convert(timm_model(), tmp_path)[0].config.hvt_pool == [1, 2, 3]
+        assert convert(timm_model(depth=2), tmp_path)[0].config.hvt_pool == [1]
+
+    def test_merging_has_defaults_of_its_own(self, tmp_path):
+        config = convert(timm_model(depth=12), tmp_path, pool_mode="merge")[0].config
+        assert {name: getattr(config, name) for name in MERGE_DEFAULTS} == MERGE_DEFAULTS
+        ours, report = convert(timm_model(), tmp_path, pool_mode="merge", hvt_pool=[1, 3])
+        assert ours.config.hvt_pool == [1, 3]
+        assert 0 < ours.config.merge_ratio <= 0.5
+        assert report.initialised == report.dropped == []
+
+    @pytest.mark.parametrize("proportional_attention", [True, False])
+    def test_merging_nothing_changes_nothing(self, tmp_path, pixel_values, proportional_attention):
+        theirs = timm_model()
+        ours, _ = convert(
+            theirs,
+            tmp_path,
+            pool_mode="merge",
+            hvt_pool=[1, 2],
+            merge_ratio=1e-3,
+            proportional_attention=proportional_attention,
+        )
+        assert_same(ours, theirs, pixel_values)
+
+    def test_another_image_size_resizes_the_positions(self, tmp_path):
+        theirs = timm_model()
+        ours, report = convert(theirs, tmp_path, hvt_pool=None, image_size=(48, 40))
+        assert "from 8 × 8 to 12 × 10 patches" in str(report)
+        unresized, _ = convert(theirs, tmp_path, hvt_pool=None)
+        pixel_values = torch.randn(2, 3, 48, 40)
+        with torch.no_grad():
+            expected = unresized(pixel_values, interpolate_pos_encoding=True).logits
+            torch.testing.assert_close(ours(pixel_values).logits, expected, rtol=0, atol=1e-5)
+
+
+class TestLabels:
+    def test_another_number_of_labels_makes_a_new_head(self, tmp_path):
+        ours, report = convert(timm_model(), tmp_path, num_labels=3)
+        assert ours.classifier.weight.shape == (3, 64)
+        assert ours.classifier.weight.std().item() == pytest.approx(0.02, rel=0.3)
+        assert {"head.weight", "head.bias"} <= set(report.dropped)
+        assert {"classifier.weight", "classifier.bias"} <= set(report.initialised)
+
+    def test_the_same_number_keeps_the_head(self, tmp_path):
+        theirs = timm_model()
+        ours, _ = convert(theirs, tmp_path, num_labels=5)
+        torch.testing.assert_close(ours.classifier.weight, theirs.head.weight)
+
+    def test_names_from_a_file_keep_the_head_that_fits(self, tmp_path):
+        theirs = timm_model()
+        path = save(theirs, tmp_path / "timm.safetensors")
+        (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")
+        arguments = ["--model_name_or_path", path, "--num_attention_heads", "2", "--output_dir", str(tmp_path / "out")]
+        main([*arguments, "--labels", str(tmp_path / "labels.txt")])
+        ours = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        assert ours.config.id2label[4] == "e"
+        torch.testing.assert_close(ours.classifier.weight, theirs.head.weight)
+
+    def test_names_and_number_must_agree(self, tmp_path):
+        with pytest.raises(ConversionError, match="3 classes and 2 class names"):
+            convert(timm_model(), tmp_path, num_labels=3, id2label={0: "a", 1: "b"})
+
+    def test_an_mlp_head_is_new(self, tmp_path):
+        ours, report = convert(timm_model(), tmp_path, classifier_hidden_size=16)
+        assert ours.classifier.dense.weight.std() > 0
+        assert "classifier.out_proj.weight" in report.initialised
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("overrides", "expected"),
+        [
+            ({"reg_tokens": 2}, "`reg_token` cannot be converted: it is of register tokens"),
+            ({"qk_norm": True}, "`blocks.0.attn.q_norm.weight`"),
+            ({"pre_norm": True}, "`norm_pre.weight`"),
+            ({"global_pool": "map"}, "`attn_pool."),
+            ({"mlp_layer": timm.layers.SwiGLU}, "`blocks.0.mlp.fc1_g.weight`"),
+            ({"scale_mlp_norm": True}, "`blocks.0.mlp.norm.weight` (and 7 more) has no place"),
+            ({"pos_embed": "none"}, "`pos_embed` is missing"),
+        ],
+        ids=["registers", "qk norm", "clip", "map", "swiglu", "mlp norm", "no positions"],
+    )
+    def test_a_vit_of_another_kind_is_refused_by_a_tensor_of_its(self, tmp_path, overrides, expected):
+        with pytest.raises(ConversionError) as error:
+            convert(timm_model(**overrides), tmp_path)
+        assert expected in str(error.value)
+
+    def test_each_missing_tensor_of_a_file_is_named(self, tmp_path):
+        tensors = timm_model(depth=2).state_dict()
+        # Without its class token it would be another, complete model; without the head's weight the bias is left over.
+        for name in tensors.keys() - {"cls_token"}:
+            save_file({key: tensors[key] for key in tensors if key != name}, tmp_path / "incomplete.safetensors")
+            with pytest.raises(ConversionError) as error:
+                convert_vit(str(tmp_path / "incomplete.safetensors"), num_attention_heads=2)
+            assert f"`{name.replace('head.weight', 'head.bias')}`" in str(error.value)
+
+    def test_a_missing_tensor_of_a_folder_is_named(self, tmp_path):
+        ViTForImageClassification(ViTConfig(**TRANSFORMERS)).save_pretrained(tmp_path / "source")
+        tensors = load_file(tmp_path / "source" / "model.safetensors")
+        del tensors["vit.layernorm.weight"]
+        save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConversionError, match=r"`vit\.layernorm\.weight` is missing"):
+            convert_vit(str(tmp_path / "source"))
+
+    def test_a_truncated_folder(self, tmp_path):
+        ViTForImageClassification(ViTConfig(**TRANSFORMERS)).save_pretrained(tmp_path / "source")
+        path = tmp_path / "source" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:5000])
+        with pytest.raises(ConversionError, match="cannot be read"):
+            convert_vit(str(tmp_path / "source"))
+
+    def test_the_papers_own_checkpoint_has_its_own_converter(self, tmp_path):
+        tensors = timm_model(class_token=False, global_pool="avg", fc_norm=False).state_dict()
+        save_file({**tensors, "blocks.0.pos_embed": torch.zeros(1, 31, 64)}, tmp_path / "hvt.safetensors")
+        with pytest.raises(ConversionError, match=r"`blocks\.0\.pos_embed` .* convert_hvt_checkpoint\.py"):
+            convert_vit(str(tmp_path / "hvt.safetensors"))
+
+    @pytest.mark.parametrize("config", [{"model_type": "swin"}, {}])
+    def test_another_model_type(self, tmp_path, config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConversionError, match="convertible are vit, deit"):
+            convert_vit(str(tmp_path))
+
+    @pytest.mark.parametrize("overrides", [{"hidden_size": 32}, {"ln_order": "residual"}, {"num_hidden_layers": 2}])
+    def test_what_the_source_decides_cannot_be_chosen(self, tmp_path, overrides):
+        with pytest.raises(ConversionError, match="cannot be chosen"):
+            convert(timm_model(), tmp_path, **overrides)
+
+    def test_a_pickled_object_is_not_executed(self, tmp_path):
+        class Touch:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "executed"),)
+
+        torch.save({**timm_model().state_dict(), "x": Touch()}, tmp_path / "evil.pth")
+        with pytest.raises(ConversionError, match="was not executed"):
+            main(["--model_name_or_path", str(tmp_path / "evil.pth"), "--output_dir", str(tmp_path / "out")])
+        assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
+
+    def test_a_schedule_that_does_not_fit_leaves_no_folder(self, tmp_path):
+        path = save(timm_model(), tmp_path / "timm.pth")
+        arguments = ["--model_name_or_path", path, "--num_attention_heads", "2", "--output_dir", str(tmp_path / "out")]
+        with pytest.raises(ValueError, match="hvt_pool"):
+            main([*arguments, "--hvt_pool", "1", "7"])
+        assert [path.name for path in tmp_path.iterdir()] == ["timm.pth"]
+
+
+def test_the_command_makes_a_folder_that_a_process_without_the_package_loads(tmp_path, pixel_values):
+    theirs = timm_model()
+    path = save(theirs, tmp_path / "timm.safetensors")
+    arguments = ["--model_name_or_path", path, "--num_attention_heads", "2", "--no_pooling"]
+    arguments += ["--output_dir", tmp_path / "out", "--image_mean", *["0.5"] * 3, "--image_std", *["0.5"] * 3]
+    result = run_python(TOOLKIT / "conversion/vit.py", *arguments)
+    assert "Dropped: nothing.\nNewly initialised: nothing.\nTokens per stage: 64." in result.stdout
+    assert result.stderr == ""
+
+    save_file({"pixel_values": pixel_values}, tmp_path / "batch.safetensors")
+    program = tmp_path / "use.py"
+    program.write_text(
+        "import sys, torch\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "from transformers import AutoImageProcessor, AutoModelForImageClassification\n"
+        "model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert list(processor.image_mean) == [0.5] * 3\n"
+        "with torch.no_grad():\n"
+        "    save_file({'logits': model(**load_file(sys.argv[2])).logits}, sys.argv[3])\n"
+    )
+    batch, answer = tmp_path / "batch.safetensors", tmp_path / "answer.safetensors"
+    run_python(program, tmp_path / "out", batch, answer, hide=("hpool_vit",))
+    with torch.no_grad():
+        torch.testing.assert_close(load_file(answer)["logits"], theirs(pixel_values), rtol=0, atol=1e-5)
+
+
+def test_a_misspelt_field_is_refused(tmp_path):
+    path = save(timm_model(), tmp_path / "timm.safetensors")
+    with pytest.raises(ValueError, match="`poolmode` is no field"):
+        convert_vit(path, poolmode="merge", num_attention_heads=2)

@@ -1,0 +1,139 @@
+"""The demo page as a process of its own, and a browser that looks at it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TOOLKIT, tiny_model
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
+from hpool_vit.toolkit.data.digits import load_digits_dataset
+
+
+# Not what the page needs, but what a busy machine may make of it.
+TIMEOUT = 60_000
+CHROMIUM = "/usr/bin/chromium"
+CHOICES = [[1], [1, 3], [1, 2, 3]]
+NUM_STEPS = 300
+
+
+def train_on_digits(model: HPoolViTForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor):
+    """A few epochs with a random schedule in each step: enough to be right about most digits."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=NUM_STEPS)
+    model.train()
+    for step in range(NUM_STEPS):
+        batch = torch.randint(len(labels), (64,))
+        model.set_hvt_pool(CHOICES[step % len(CHOICES)])
+        model(pixel_values[batch], labels=labels[batch]).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    model.set_hvt_pool(CHOICES[1])
+    model.eval()
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_digits_dataset()
+
+
+@pytest.fixture(scope="session")
+def digits_folder(digits, tmp_path_factory) -> Path:
+    """A small model of handwritten digits that knows three schedules."""
+    names = digits["train"].features["label"].names
+    model = tiny_model(
+        hidden_size=64,
+        intermediate_size=128,
+        ln_order="pre",
+        initializer_range=0.02,
+        hvt_pool=CHOICES[1],
+        hvt_pool_choices=CHOICES,
+        num_labels=10,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    size = {"height": 32, "width": 32}
+    image_processor = HPoolViTImageProcessor.for_config(model.config, size=size, do_center_crop=False)
+    train = digits["train"]
+    pixel_values = image_processor(list(train["image"]), return_tensors="pt").pixel_values
+    train_on_digits(model, pixel_values, torch.tensor(train["label"]))
+    folder = tmp_path_factory.mktemp("demo") / "digits"
+    model.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class App:
+    """A running page: its address, and the file that holds what its process wrote."""
+
+    url: str
+    log: Path
+
+    def read_log(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def app(digits_folder, saved_folder, tmp_path_factory) -> App:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("app")
+    log = folder / "log"
+    command = [sys.executable, Path(__file__).with_name("run_offline.py"), TOOLKIT / "demo/app.py"]
+    command += ["--model_name_or_path", digits_folder, saved_folder, "--server_port", str(port)]
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads"), "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=environment
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while "The page is at" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield App(re.search(r"http://\S+", log.read_text())[0], log)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Browser:
+    assert Path(CHROMIUM).exists(), f"{CHROMIUM} is missing: .ci/install_browser.sh installs it"
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(app, browser) -> Page:
+    """The open page. After the test: nothing was asked of another machine, and nothing went wrong unseen."""
+    page = browser.new_page(viewport={"width": 1240, "height": 1000})
+    page.set_default_timeout(TIMEOUT)
+    expect.set_options(timeout=TIMEOUT)
+    hosts, errors = set(), []
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2] if "//" in request.url else ""))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(app.url)
+    page.get_by_role("heading", name="HPool-ViT").wait_for()
+    page.locator("#latency").wait_for()
+    yield page
+    page.close()
+    assert hosts <= {app.url.split("/")[2], ""}
+    assert not errors
+    assert "Traceback" not in app.read_log() and "OUTSIDE" not in app.read_log()

@@ -1,0 +1,293 @@
+"""
+Exported models against PyTorch: logits in float32 to 1e-4, in int8 to a quarter of the spread of the logits, or half
+of it with fixed ranges. The program runs in this process where nothing but its flags matters, because PyTorch and
+Transformers are slow to import.
+"""
+
+import json
+import sys
+from math import nan
+
+import numpy as np
+import pytest
+import torch
+from helpers import TOOLKIT, run_python, tiny_config, tiny_model
+from image_files import picture, write_folder
+from PIL import Image
+from transformers import ConvNextImageProcessor, ViTImageProcessor
+
+from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor, HPoolViTImageProcessorPil
+from hpool_vit.toolkit.export.export import FORMATS, Format, check_preprocessing, main
+from hpool_vit.toolkit.export.predict_onnx import open_model, predict, preprocess
+from hpool_vit.toolkit.shared.console import run
+
+
+# Together: every ln_order, pool mode and kind of patches, with and without a class token, merging all odd tokens and
+# some (which sorts them), and weighing tokens by their size.
+VARIANTS = {
+    "max": {"pool_mode": "max", "ln_order": "residual"},
+    "avg": {"pool_mode": "avg", "ln_order": "pre", "use_class_token": True, "patchify_technique": "convolutional"},
+    "merge-half": {"pool_mode": "merge", "ln_order": "post"},
+    "merge-some": {
+        "pool_mode": "merge",
+        "ln_order": "residual",
+        "merge_ratio": 0.3,
+        "proportional_attention": True,
+        "use_class_token": True,
+    },
+}
+# An export takes seconds: each run of the suite has one variant, the slow tests have the others.
+variants = pytest.mark.parametrize(
+    "variant", ["max", *(pytest.param(name, marks=pytest.mark.slow) for name in list(VARIANTS)[1:])]
+)
+HIDDEN = ("torch", "torchvision", "transformers", "hpool_vit")
+
+
+def save(folder, **overrides):
+    """A folder of a model of two blocks and its image processor."""
+    model = tiny_model(**{"num_hidden_layers": 2, "hvt_pool": [1], **overrides})
+    model.save_pretrained(folder)
+    HPoolViTImageProcessor.for_config(model.config).save_pretrained(folder)
+    return model
+
+
+def export(source, output, *flags):
+    main(["--model_name_or_path", str(source), "--output_dir", str(output), *map(str, flags)])
+    return output
+
+
+def onnx_logits(folder, images: torch.Tensor, name: str = "model.onnx") -> torch.Tensor:
+    return torch.from_numpy(predict(open_model(folder / name), images.numpy()))
+
+
+def refusal(capsys, *flags) -> str:
+    """The one line with which the program ends."""
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: main(list(map(str, flags))))
+    assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
+    return str(ended.value)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Images of three classes, eight each."""
+    return write_folder(tmp_path_factory.mktemp("photos") / "photos")
+
+
+@pytest.fixture(scope="module")
+def exported(saved_folder, photos, tmp_path_factory):
+    """What the program leaves and prints, run as a user runs it."""
+    output = tmp_path_factory.mktemp("exported") / "onnx"
+    flags = ["--model_name_or_path", saved_folder, "--output_dir", output, "--int8", "dynamic", "--eval_dir", photos]
+    return output, run_python(TOOLKIT / "export/export.py", *flags).stdout
+
+
+@variants
+def test_the_onnx_model_gives_the_logits_of_pytorch_for_any_batch(variant, tmp_path):
+    model = save(tmp_path / "model", **VARIANTS[variant])
+    folder = export(tmp_path / "model", tmp_path / "onnx")
+    for batch_size in (1, 3, 7):
+        images = torch.randn(batch_size, 3, 32, 32)
+        torch.testing.assert_close(onnx_logits(folder, images), model(images).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["merge-some", pytest.param("avg", marks=pytest.mark.slow)])
+def test_the_onnx_model_takes_other_image_sizes(variant, tmp_path):
+    model = save(tmp_path / "model", **VARIANTS[variant])
+    folder = export(tmp_path / "model", tmp_path / "onnx", "--dynamic_image_size")
+    for size in ((32, 32), (24, 44), (48, 20)):
+        images = torch.randn(3, 3, *size)
+        expected = model(images, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(onnx_logits(folder, images), expected, atol=1e-4, rtol=0)
+
+
+@variants
+def test_the_torch_export_model_gives_the_logits_of_pytorch_for_any_batch_and_size(variant, tmp_path):
+    model = save(tmp_path / "model", **VARIANTS[variant])
+    folder = export(tmp_path / "model", tmp_path / "pt2", "--format", "torch_export", "--dynamic_image_size")
+    program = torch.export.load(folder / "model.pt2").module()
+    for batch_size, size in ((1, (32, 32)), (3, (24, 44)), (4, (48, 20))):
+        images = torch.randn(batch_size, 3, *size)
+        expected = model(images, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(program(images), expected, atol=1e-4, rtol=0)
+
+
+def test_the_torch_export_model_runs_without_this_package_and_transformers(tmp_path):
+    model = save(tmp_path / "model")
+    folder = export(tmp_path / "model", tmp_path / "pt2", "--format", "torch_export")
+    images = torch.randn(3, 3, 32, 32)
+    torch.save(images, tmp_path / "images.pt")
+    program = tmp_path / "classify.py"
+    program.write_text(
+        "import sys, torch\n"
+        "model, images, output = sys.argv[1:]\n"
+        "torch.save(torch.export.load(model).module()(torch.load(images)), output)\n"
+    )
+    files = (folder / "model.pt2", tmp_path / "images.pt", tmp_path / "logits.pt")
+    run_python(program, *files, hide=("transformers", "hpool_vit"), cwd=tmp_path)
+    torch.testing.assert_close(torch.load(files[2]), model(images).logits, atol=1e-4, rtol=0)
+
+
+def test_a_process_with_only_numpy_pillow_and_onnx_runtime_classifies(exported, saved_folder, photos):
+    model = HPoolViTForImageClassification.from_pretrained(saved_folder)
+    image_processor = HPoolViTImageProcessorPil.from_pretrained(saved_folder)
+    files = [photos / "ant" / "0.png", photos / "cat" / "3.png"]
+    for name in ("model.onnx", "model_int8.onnx"):
+        flags = ["--model_dir", exported[0], "--model_name", name, "--top_k", 1]
+        lines = run_python(TOOLKIT / "export/predict_onnx.py", *flags, *files, hide=HIDDEN).stdout.splitlines()
+        images = image_processor([Image.open(file) for file in files], return_tensors="pt")
+        probabilities = model(**images).logits.softmax(-1)
+        for file, line, expected in zip(files, lines, probabilities, strict=True):
+            path, answer = line.split(": ")
+            label, percent = answer.split()
+            assert path == str(file) and label == model.config.id2label[expected.argmax().item()]
+            tolerance = 5 if "int8" in name else 0.1
+            assert float(percent.rstrip("%")) == pytest.approx(100 * expected.max().item(), abs=tolerance)
+
+
+def test_int8_comes_close_to_pytorch_in_a_smaller_file_and_is_measured(exported, saved_folder):
+    folder, printed = exported
+    images = torch.randn(16, 3, 32, 32)
+    expected = HPoolViTForImageClassification.from_pretrained(saved_folder)(images).logits
+    torch.testing.assert_close(onnx_logits(folder, images), expected, atol=1e-4, rtol=0)
+    difference = (onnx_logits(folder, images, "model_int8.onnx") - expected).abs().max()
+    assert 0 < difference < 0.25 * expected.std()
+    int8 = json.loads((folder / "export.json").read_text())["int8"]
+    assert int8["num_images"] == 24 and int8["same_answer"] > 0.8
+    assert "top-1 on 24 images" in printed and "times as fast" in printed
+
+
+def test_static_int8_takes_its_ranges_from_real_images(photos, tmp_path):
+    model = save(tmp_path / "model")
+    flags = ("--int8", "static", "--calibration_dir", photos, "--num_calibration_images", 5)
+    folder = export(tmp_path / "model", tmp_path / "onnx", *flags)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    images = torch.stack([torch.from_numpy(preprocess(picture(seed), config)) for seed in range(8)])
+    expected = model(images).logits
+    assert 0 < (onnx_logits(folder, images, "model_int8.onnx") - expected).abs().max() < 0.5 * expected.std()
+
+
+def test_the_exported_folder_prepares_images_and_names_labels(exported, saved_folder):
+    folder, _ = exported
+    assert json.loads((folder / "labels.json").read_text()) == ["ant", "bee", "cat"]
+    ours, original = (HPoolViTImageProcessor.from_pretrained(path) for path in (folder, saved_folder))
+    image = picture(7, (50, 41))
+    assert torch.equal(ours(image).pixel_values[0], original(image).pixel_values[0])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        picture(1, (57, 40)),
+        picture(2, (40, 57)),
+        picture(3, (9, 31)),
+        picture(4).convert("L"),
+        picture(5).convert("P"),
+        picture(6).convert("CMYK"),
+        Image.merge("RGBA", (*picture(7).split(), picture(8).convert("L"))),
+        Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50),
+    ],
+    ids=lambda image: f"{image.mode}-{image.width}x{image.height}",
+)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"size": {"height": 32, "width": 36}, "do_center_crop": False}, {"crop_size": {"height": 45, "width": 40}}],
+    ids=["crop", "stretch", "pad"],
+)
+def test_images_are_prepared_as_by_the_image_processor(image, settings):
+    image_processor = HPoolViTImageProcessorPil.for_config(tiny_model().config, **settings)
+    expected = image_processor(image).pixel_values[0]
+    ours = preprocess(image, json.loads(image_processor.to_json_string()))
+    assert ours.dtype == np.float32 and ours.shape == expected.shape
+    # Transparency is rounded after it is laid on white, here and there by one level of 255 differently.
+    tolerance = 1.01 / 255 / 0.224 if image.mode == "RGBA" else 1e-5
+    np.testing.assert_allclose(ours, expected, atol=tolerance)
+
+
+def test_an_export_that_does_not_answer_as_pytorch_does_leaves_nothing(tmp_path, capsys, monkeypatch):
+    save(tmp_path / "model")
+    wrong = Format("model.pt2", (), torch.export.save, lambda file: lambda images: torch.full((len(images), 3), nan))
+    monkeypatch.setitem(FORMATS, "torch_export", wrong)
+    flags = ("--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out", "--format", "torch_export")
+    assert "differs from PyTorch by nan" in refusal(capsys, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(saved_folder, photos, tmp_path, capsys):
+    unknown = write_folder(tmp_path / "unknown", ("ant", "wasp"), per_class=1)
+    (tmp_path / "empty").mkdir()
+    headless = save(tmp_path / "headless").base_model
+    headless.save_pretrained(tmp_path / "headless")
+    model = save(tmp_path / "nan")
+    with torch.no_grad():
+        model.classifier.bias[1] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    save(tmp_path / "convnext")
+    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path / "convnext")  # it crops by a share
+    before = sorted(tmp_path.iterdir())
+    good, out = ("--model_name_or_path", saved_folder), ("--output_dir", tmp_path / "out")
+    for flags, parts in (
+        (("--model_name_or_path", tmp_path / "nowhere", *out), ("--model_name_or_path", "nowhere")),
+        (("--model_name_or_path", tmp_path / "empty", *out), ("--model_name_or_path", "empty")),
+        (("--model_name_or_path", tmp_path / "headless", *out), ("headless", "no weights for classifier")),
+        (("--model_name_or_path", tmp_path / "nan", *out), ("nan", "classifier.bias are not finite")),
+        (("--model_name_or_path", tmp_path / "convnext", *out), ("ConvNextImageProcessor", "otherwise than")),
+        ((*good, "--output_dir", photos), ("photos", "not empty")),
+        ((*good, *out, "--int8", "dynamic", "--format", "torch_export"), ("--int8 dynamic", "--format onnx")),
+        ((*good, *out, "--int8", "static"), ("--calibration_dir",)),
+        ((*good, *out, "--eval_dir", photos), ("--eval_dir", "--int8")),
+        ((*good, *out, "--int8", "dynamic", "--eval_dir", tmp_path / "gone"), ("--eval_dir", "gone", "no folder")),
+        ((*good, *out, "--int8", "dynamic", "--eval_dir", unknown), ("wasp", "ant, bee, cat")),
+        ((*good, *out, "--int8", "static", "--calibration_dir", tmp_path / "empty"), ("empty", "no images")),
+    ):
+        message = refusal(capsys, *flags)
+        assert all(part in message for part in parts), message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_image_processor_of_a_vit_goes_along_too():
+    image_processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    check_preprocessing(image_processor, image_processor.to_dict(), tiny_config())
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones(saved_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        export(saved_folder, tmp_path / "out", "--format", "caffe")
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in ("caffe", "onnx", "torch_export"))
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(saved_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    message = refusal(capsys, "--model_name_or_path", saved_folder, "--output_dir", tmp_path / "out")
+    assert "pip install onnxscript" in message
+
+
+def test_wrong_input_to_the_onnx_example_is_refused_in_one_line(exported, photos, tmp_path):
+    text = tmp_path / "text.jpg"
+    text.write_text("This is no picture.")
+    image = photos / "ant" / "0.png"
+    for flags, part in (
+        (("--model_dir", tmp_path, image), "preprocessor_config.json"),
+        (("--model_dir", exported[0], "--model_name", "other.onnx", image), "other.onnx"),
+        (("--model_dir", exported[0], text), "text.jpg"),
+        (("--model_dir", exported[0], tmp_path / "gone.jpg"), "gone.jpg"),
+        (("--model_dir", exported[0], "--image_size", 64, image), "--dynamic_image_size"),
+    ):
+        result = run_python(TOOLKIT / "export/predict_onnx.py", *flags, hide=HIDDEN, check=False)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith("error: ") and part in result.stderr
+
+
+@pytest.mark.slow
+def test_the_onnx_example_classifies_at_another_image_size(tmp_path, photos):
+    model = save(tmp_path / "model")
+    folder = export(tmp_path / "model", tmp_path / "onnx", "--dynamic_image_size")
+    file = photos / "bee" / "1.png"
+    flags = ("--model_dir", folder, "--image_size", 48, "--top_k", 1)
+    printed = run_python(TOOLKIT / "export/predict_onnx.py", *flags, file, hide=HIDDEN).stdout
+    image_processor = HPoolViTImageProcessorPil.for_config(tiny_model(image_size=48).config)
+    images = image_processor(Image.open(file), return_tensors="pt")
+    best = model(**images, interpolate_pos_encoding=True).logits.argmax().item()
+    assert f": {model.config.id2label[best]} " in printed

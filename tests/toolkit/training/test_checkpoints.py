@@ -1,0 +1,144 @@
+"""Checkpoints that are complete or ignored."""
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import EXAMPLES, tiny_model
+
+from hpool_vit.toolkit.training.checkpoints import (
+    CheckpointError,
+    check_finite_weights,
+    find_last_checkpoint,
+    is_complete,
+    list_checkpoints,
+    write_checkpoint,
+)
+
+
+def write(folder: Path, files: dict[str, bytes], keep: int | None = None):
+    with write_checkpoint(folder, is_main_process=True, wait_for_everyone=lambda: None, keep=keep):
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def test_a_checkpoint_is_complete_once_all_its_files_are_written(tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    with write_checkpoint(folder, is_main_process=True, wait_for_everyone=lambda: None, keep=None):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        assert not is_complete(folder)
+        assert find_last_checkpoint(tmp_path) is None
+    assert is_complete(folder)
+    assert find_last_checkpoint(tmp_path) == folder
+
+
+def test_the_last_checkpoint_is_the_one_with_the_most_steps(tmp_path):
+    for step in (9, 100, 20):
+        write(tmp_path / f"checkpoint-{step}", {"a": b"1"})
+    (tmp_path / "checkpoint-200.txt").write_text("no folder")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [
+        "checkpoint-9",
+        "checkpoint-20",
+        "checkpoint-100",
+    ]
+    assert find_last_checkpoint(tmp_path).name == "checkpoint-100"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").write_bytes(b"weig"),
+        lambda folder: (folder / "ema" / "model.safetensors").unlink(),
+        lambda folder: (folder / "complete.json").write_text('{"files": {'),
+        lambda folder: (folder / "complete.json").unlink(),
+    ],
+    ids=["truncated file", "missing file", "half a list", "no list"],
+)
+def test_a_damaged_checkpoint_is_ignored_with_a_warning(tmp_path, damage, caplog):
+    files = {"model.safetensors": b"weights", "ema/model.safetensors": b"average"}
+    write(tmp_path / "checkpoint-1", files)
+    write(tmp_path / "checkpoint-2", files)
+    damage(tmp_path / "checkpoint-2")
+    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert len(caplog.messages) == 1 and "checkpoint-2 is incomplete" in caplog.messages[0]
+
+
+def test_only_as_many_checkpoints_as_asked_for_remain(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path / f"checkpoint-{step}", {"a": b"1"}, keep=2)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    write(tmp_path / "checkpoint-5", {"a": b"1"}, keep=1)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def test_files_of_a_killed_run_do_not_mix_with_the_new_ones(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "left over").write_text("half")
+    write(folder, {"a": b"1"})
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "complete.json"]
+
+
+def test_a_disk_that_refuses_to_write_is_reported_and_the_earlier_checkpoint_stays(tmp_path):
+    write(tmp_path / "checkpoint-1", {"a": b"1"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written: .*[Ff]ile too large") as error:
+            write(tmp_path / "checkpoint-2", {"model": bytes(1_000_000)}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "The last complete checkpoint is" in str(error.value) and "checkpoint-1" in str(error.value)
+    assert not (tmp_path / "checkpoint-2").exists()
+    assert is_complete(tmp_path / "checkpoint-1")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from hpool_vit.toolkit.training.checkpoints import write_checkpoint
+
+for step in range(1, 10_000):
+    folder = Path(sys.argv[1]) / f"checkpoint-{step}"
+    with write_checkpoint(folder, is_main_process=True, wait_for_everyone=lambda: None, keep=2):
+        folder.mkdir()
+        for name in ("model", "optimizer", "state"):
+            (folder / name).write_bytes(str(step).encode() * 200_000)
+    print(step, flush=True)
+"""
+
+
+def test_a_process_killed_at_any_moment_leaves_a_checkpoint_that_is_whole(tmp_path):
+    for number in range(4):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder)], cwd=EXAMPLES, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2):
+            last_line = process.stdout.readline()
+        time.sleep(0.013 * number)
+        process.kill()
+        rest, _ = process.communicate()
+        steps = [int(line) for line in [last_line, *rest.split()]]
+        last = find_last_checkpoint(folder)
+        # The one that was reported last, or the one behind it, if the kill came before the report.
+        assert int(last.name.split("-")[1]) in (steps[-1], steps[-1] + 1)
+        step = last.name.split("-")[1].encode()
+        assert all((last / name).read_bytes() == step * 200_000 for name in ("model", "optimizer", "state"))
+
+
+def test_weights_that_are_not_finite_are_not_worth_a_checkpoint():
+    model = tiny_model()
+    check_finite_weights(model, 1)
+    with torch.no_grad():
+        model.classifier.bias[1] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"`classifier\.bias` are not finite at step 7"):
+        check_finite_weights(model, 7)

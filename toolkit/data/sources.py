@@ -1,0 +1,383 @@
+"""
+Where the images to train and to validate on lie: the embedded digits, a data set of the Hub, folders, Parquet or
+WebDataset files; as a table or as a stream. Nothing is decoded here; `image_data` does that batch by batch.
+"""
+
+import glob
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
+from sklearn.model_selection import train_test_split
+from torchvision.datasets.folder import find_classes, make_dataset
+
+from ..shared.images import DataError
+from .digits import load_digits_dataset
+
+
+VALIDATION_SPLITS = ("validation", "valid", "val", "test")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "cls")
+FILE_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
+# A table becomes a stream of at most this many pieces, which processes and workers share out.
+SHARDS_OF_A_TABLE = 64
+
+
+@dataclass
+class DataArguments:
+    """Where the images lie and how they are read. One of `dataset_name`, `train_dir` and `train_files` is needed."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Data set of the Hub, folder that `datasets.load_dataset` takes, or digits (embedded)."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of training images with one sub-folder per class."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "The same with the validation images."})
+    train_files: list[str] | None = field(
+        default=None, metadata={"help": "Parquet files or WebDataset tar files of training images; globs are allowed."}
+    )
+    validation_files: list[str] | None = field(default=None, metadata={"help": "The same with the validation images."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": f"Split to validate on. Default: the first of {', '.join(VALIDATION_SPLITS)} there is."},
+    )
+    validation_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of each class's training images to validate on if there are no other images."},
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images. Default: the only one that holds images."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the labels. Default: the only one that holds named classes."}
+    )
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the labels 0, 1, … Needed for a stream whose labels have no names."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data while training, for data larger than the disk."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Images that each worker holds to draw the next one of a stream from."}
+    )
+    num_train_images: int | None = field(
+        default=None,
+        metadata={"help": "Images in an epoch of a stream. Needed if their number is unknown, as for tar files."},
+    )
+    max_train_images: int | None = field(
+        default=None, metadata={"help": "Train on so many random images only; of a stream, the first ones."}
+    )
+    max_validation_images: int | None = field(default=None, metadata={"help": "The same for validation."})
+    on_bad_image: Literal["skip", "fail"] = field(
+        default="skip",
+        metadata={"help": "Whether an unreadable, truncated, animated, enormous or 1-pixel image ends the run."},
+    )
+    max_bad_images: int = field(default=100, metadata={"help": "Stop when more images than this are skipped."})
+
+
+@dataclass
+class ImageSource:
+    """
+    Encoded images with labels. A table has the `rows` that are used of it and their `labels`; a stream has neither,
+    and may not know its `num_images`.
+    """
+
+    dataset: Dataset | IterableDataset
+    split: str
+    description: str
+    num_images: int | None = None
+    image_column: str = ""
+    label_column: str = ""
+    label_ids: dict[Any, int] = field(default_factory=dict)
+    rows: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.dataset, IterableDataset)
+
+    def name(self, example: dict, row: int | None = None) -> str:
+        """The image's file. Without one: its row in a table, or in a stream the CRC-32 of its bytes."""
+        image = example[self.image_column] or {}
+        if image.get("path"):
+            return "/".join(filter(None, [os.path.basename(example.get("__url__") or ""), image["path"]]))
+        if row is None:
+            return f"{self.split}[CRC-32 {zlib.crc32(image.get('bytes') or b''):08x}]"
+        return f"{self.split}[{row}]"
+
+    def label(self, value: Any, name: str) -> int:
+        """The number of the class for which the label column of the image `name` has `value`."""
+        if value not in self.label_ids:
+            raise DataError(
+                f"{name} has the label {value!r} in the column {self.label_column!r}, which is none of "
+                f"{some(self.label_ids)}: repair the label, or choose another column or split."
+            )
+        return self.label_ids[value]
+
+    def select(self, positions: np.ndarray) -> "ImageSource":
+        """The table with only these of its rows."""
+        return replace(self, num_images=len(positions), rows=self.rows[positions], labels=self.labels[positions])
+
+
+@dataclass
+class ImageData:
+    """What to train on, what to validate on, and the names of the classes."""
+
+    train: ImageSource
+    validation: ImageSource
+    class_names: list[str]
+
+    def describe(self) -> dict:
+        """For a model card: the sources, their numbers of images (None: unknown), and the names of the classes."""
+        return {
+            "train": self.train.description,
+            "validation": self.validation.description,
+            "num_train_images": self.train.num_images,
+            "num_validation_images": self.validation.num_images,
+            "class_names": self.class_names,
+        }
+
+
+def load_image_data(args: DataArguments, seed: int) -> ImageData:
+    """
+    Finds the images, their columns and their classes. `seed` decides which images are for validation where that split
+    is made here, and which ones `max_train_images` and `max_validation_images` keep.
+
+    Raises:
+        DataError: in one line, for whatever is missing, empty or contradictory.
+    """
+    check_arguments(args)
+    splits = load_splits(args)
+    train, validation = open_source(args, "train", splits), open_source(args, "validation", splits)
+    class_names = label_sources(train, validation, args.class_names)
+    if validation is None:
+        train, validation = split_source(train, args.validation_share, seed)
+    train, validation = limit(train, args.max_train_images, seed), limit(validation, args.max_validation_images, seed)
+    if args.streaming:
+        train, validation = as_stream(train), as_stream(validation)
+        if args.num_train_images:
+            train.num_images = min(args.num_train_images, args.max_train_images or args.num_train_images)
+        if train.num_images is None:
+            raise DataError("--num_train_images is needed: how many images this stream has is unknown.")
+    return ImageData(train, validation, class_names)
+
+
+def check_arguments(args: DataArguments):
+    for split, third in (("train", "dataset_name"), ("validation", "validation_split")):
+        names = [name for name in (f"{split}_dir", f"{split}_files", third) if getattr(args, name)]
+        if len(names) > 1:
+            raise DataError(f"{' and '.join(f'--{name} {getattr(args, name)}' for name in names)}: give only one.")
+        if split == "train" and not names:
+            raise DataError("There are no data: give --dataset_name, --train_dir or --train_files.")
+    if args.validation_split and not args.dataset_name:
+        raise DataError(f"--validation_split {args.validation_split} is a split of --dataset_name: give that too.")
+    if not 0 < args.validation_share < 1:
+        raise DataError(f"--validation_share {args.validation_share} must lie between 0 and 1.")
+    if args.on_bad_image not in ("skip", "fail"):
+        raise DataError(f"--on_bad_image {args.on_bad_image} must be skip or fail.")
+    if args.num_train_images and not args.streaming:
+        raise DataError(f"--num_train_images {args.num_train_images} is for --streaming: use --max_train_images.")
+    lowest = {"shuffle_buffer_size": 1, "num_train_images": 1, "max_train_images": 1, "max_validation_images": 1}
+    for name, least in {**lowest, "max_bad_images": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise DataError(f"--{name} {getattr(args, name)} must be at least {least}.")
+
+
+def load_splits(args: DataArguments) -> dict[str, Dataset | IterableDataset]:
+    if args.dataset_name is None:
+        return {}
+    if args.dataset_name == "digits":
+        return load_digits_dataset()
+    flag = f"--dataset_name {args.dataset_name}"
+    return load(flag, args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+
+
+def open_source(args: DataArguments, split: str, splits: dict) -> ImageSource | None:
+    """The training or the validation images with their columns found; None if there are no validation images."""
+    directory, files, name = (getattr(args, f"{split}_{kind}") for kind in ("dir", "files", "split"))
+    if directory:
+        source = open_folder(directory, split)
+    elif files:
+        source = open_files(files, split, args.streaming)
+    else:
+        if split == "validation" and name is None:
+            name = next((name for name in VALIDATION_SPLITS if name in splits and name != args.train_split), None)
+            if name is None:
+                return None
+        if name not in splits:
+            raise DataError(f"--{split}_split {name}: {args.dataset_name} has the splits {some(splits)}.")
+        source = ImageSource(splits[name], split, f"{args.dataset_name}, split {name}")
+        # Whoever published the data set may have noted it.
+        source.num_images = getattr((splits[name].info.splits or {}).get(name), "num_examples", None) or None
+    if not source.is_stream:
+        source.num_images = len(source.dataset)
+    if source.num_images == 0:
+        raise DataError(f"There are no images in {source.description}.")
+    source.image_column = find_column(source, "image_column", args.image_column, Image, IMAGE_COLUMNS)
+    source.label_column = find_column(source, "label_column", args.label_column, ClassLabel, LABEL_COLUMNS)
+    label_feature = source.dataset.features[source.label_column]
+    if not isinstance(label_feature, ClassLabel | Value):
+        kind = type(label_feature).__name__
+        raise DataError(f"--label_column {source.label_column} of {source.description} holds no classes but {kind}.")
+    columns = {source.image_column, source.label_column, "__url__"}
+    source.dataset = source.dataset.select_columns([name for name in source.dataset.features if name in columns])
+    source.dataset = source.dataset.cast_column(source.image_column, Image(decode=False))
+    return source
+
+
+def open_folder(directory: str, split: str) -> ImageSource:
+    """A table of the paths: the images stay where they are."""
+    PIL.Image.init()
+    endings = set(PIL.Image.registered_extensions())
+    try:
+        # Hidden folders, such as those of notebooks, are no classes.
+        names = [name for name in find_classes(directory)[0] if not name.startswith(".")]
+        label_ids = {name: label for label, name in enumerate(names)}
+        files = make_dataset(directory, label_ids, is_valid_file=lambda path: Path(path).suffix.lower() in endings)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--{split}_dir {directory} needs one sub-folder per class with images: {error}") from error
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+    columns = {"image": [path for path, _ in files], "label": [label for _, label in files]}
+    return ImageSource(Dataset.from_dict(columns, features=features), split, directory)
+
+
+def open_files(patterns: list[str], split: str, streaming: bool) -> ImageSource:
+    paths = []
+    for pattern in patterns:
+        is_plain = "://" in pattern or os.path.isfile(pattern)
+        found = [pattern] if is_plain else sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not found:
+            raise DataError(f"--{split}_files {pattern}: there is no such file.")
+        paths += found
+    formats = {FILE_FORMATS.get(Path(path).suffix.lower()) for path in paths}
+    if len(formats) > 1 or None in formats:
+        raise DataError(f"--{split}_files must all end in .parquet, or all in .tar: {some(paths)}.")
+    [file_format] = formats
+    # `datasets` takes a path as a pattern, and reads names of splits out of it unless it is told the split.
+    data_files = {split: [path if "://" in path else glob.escape(path) for path in paths]}
+    flag = f"--{split}_files {some(patterns)}"
+    dataset = load(flag, file_format, data_files=data_files, split=split, streaming=streaming)
+    source = ImageSource(dataset, split, some(patterns))
+    if source.is_stream and file_format == "parquet" and not any("://" in path for path in paths):
+        source.num_images = sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
+        # One shard per row group instead of per file; older versions of `datasets` cannot.
+        source.dataset = dataset.reshard() if hasattr(dataset, "reshard") else dataset
+    return source
+
+
+def load(flag: str, *args, **kwargs):
+    """`datasets.load_dataset` with one line for everything that goes wrong: its errors have no class in common."""
+    try:
+        return load_dataset(*args, **kwargs)
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise DataError(f"{flag} cannot be loaded: {reason or type(error).__name__}") from error
+
+
+def find_column(source: ImageSource, field_name: str, given: str | None, feature_class: type, usual: tuple) -> str:
+    """The given column; else the only one of the class; else the only one that has a usual name."""
+    features = source.dataset.features or {}
+    if given in features:
+        return given
+    candidates = [name for name, feature in features.items() if isinstance(feature, feature_class)]
+    candidates = candidates or [name for name in features if name in usual]
+    # Validation images from elsewhere may have other columns.
+    if len(candidates) == 1 and (given is None or source.split == "validation"):
+        return candidates[0]
+    problem = f"{given} is not among them" if given else "must name one of them"
+    columns = some(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+    raise DataError(f"The columns of {source.description} are {columns}: --{field_name} {problem}.")
+
+
+def label_sources(train: ImageSource, validation: ImageSource | None, class_names: list[str] | None) -> list[str]:
+    """Numbers the classes of both in the same way, reads the labels of tables, and returns the classes' names."""
+    train.label_ids, own_names = number_classes(train, class_names)
+    if class_names and len(class_names) != len(own_names):
+        raise DataError(f"--class_names has {len(class_names)} names, and the data have {len(own_names)} classes.")
+    if validation is not None:
+        feature = validation.dataset.features[validation.label_column]
+        if not isinstance(feature, ClassLabel):
+            validation.label_ids = {name: label for label, name in enumerate(own_names)} | train.label_ids
+        elif set(feature.names) == set(own_names):
+            validation.label_ids = {value: own_names.index(name) for value, name in enumerate(feature.names)}
+        else:
+            ours, theirs = set(own_names), set(feature.names)
+            raise DataError(
+                f"The classes of {train.description} and {validation.description} differ: only the first has "
+                f"{some(sorted(ours - theirs)) or 'none'}, only the second {some(sorted(theirs - ours)) or 'none'}."
+            )
+    for source in filter(None, (train, validation)):
+        if not source.is_stream:
+            labels = enumerate(source.dataset[source.label_column][:])
+            source.labels = np.array([source.label(value, f"{source.split}[{row}]") for row, value in labels])
+            source.rows = np.arange(len(source.labels))
+    return class_names or own_names
+
+
+def number_classes(source: ImageSource, class_names: list[str] | None) -> tuple[dict[Any, int], list[str]]:
+    """The number of each value of the label column, and the names that the data have for the classes."""
+    feature = source.dataset.features[source.label_column]
+    if isinstance(feature, ClassLabel):
+        return {label: label for label in range(feature.num_classes)}, feature.names
+    if class_names:
+        values = class_names if feature.dtype in ("string", "large_string") else range(len(class_names))
+        return {value: label for label, value in enumerate(values)}, class_names
+    if source.is_stream:
+        raise DataError(f"--class_names is needed: the column {source.label_column!r} of this stream has no names.")
+    values = sorted(set(source.dataset[source.label_column][:]) - {None})
+    return {value: label for label, value in enumerate(values)}, [str(value) for value in values]
+
+
+def split_source(train: ImageSource, share: float, seed: int) -> tuple[ImageSource, ImageSource]:
+    """Takes a share of each class for validation."""
+    if train.is_stream:
+        raise DataError(
+            "A stream cannot be split for validation: give --validation_dir, --validation_files or --validation_split."
+        )
+    # At least one image of each class.
+    size = max(round(share * train.num_images), len(set(train.labels)))
+    try:
+        kept, taken = train_test_split(
+            np.arange(train.num_images), test_size=size, stratify=train.labels, random_state=seed
+        )
+    except ValueError as error:
+        raise DataError(
+            f"--validation_share {share} cannot be taken from each class of {train.description}: {error}"
+        ) from error
+    description = f"{size} images of {train.description}, stratified, seed {seed}"
+    return train.select(np.sort(kept)), replace(train.select(np.sort(taken)), description=description)
+
+
+def limit(source: ImageSource, number: int | None, seed: int) -> ImageSource:
+    if number is None:
+        return source
+    if source.is_stream:
+        num_images = number if source.num_images is None else min(number, source.num_images)
+        return replace(source, dataset=source.dataset.take(number), num_images=num_images)
+    return source.select(np.random.default_rng(seed).permutation(source.num_images)[:number])
+
+
+def as_stream(source: ImageSource) -> ImageSource:
+    if source.is_stream:
+        return source
+    num_shards = min(source.num_images, SHARDS_OF_A_TABLE)
+    stream = source.dataset.select(source.rows).to_iterable_dataset(num_shards=num_shards)
+    return replace(source, dataset=stream, rows=None, labels=None)
+
+
+def some(values: Iterable, most: int = 10) -> str:
+    """The first values, for a message of one line."""
+    values = [str(value) for value in values]
+    return ", ".join(values[:most]) + (f", … ({len(values)} in all)" if len(values) > most else "")

@@ -1,0 +1,95 @@
+"""Files and folders that are written whole or not at all."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def check_output_dir(output_dir: str | Path):
+    """Raises a `ValueError` if something is in the way; called before the work, not after it."""
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"`{output_dir}` exists and is not empty: choose another `--output_dir`.")
+
+
+@contextlib.contextmanager
+def folder_written_whole(output_dir: str | Path) -> Iterator[Path]:
+    """
+    A new folder to write into, beside `output_dir` and of the same name, that takes its place when the block ends.
+    After an error, Ctrl+C or SIGTERM nothing is left of it.
+
+    Args:
+        output_dir: a folder that does not exist yet, or is empty; those that it is to be in are made.
+
+    Raises:
+        ValueError: if something is in the way.
+    """
+    output_dir = Path(output_dir).resolve()
+    check_output_dir(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _exit_on_sigterm(),
+        tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch,
+    ):
+        folder = Path(scratch) / output_dir.name
+        folder.mkdir()
+        yield folder
+        folder.replace(output_dir)
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises `SystemExit`, so that files are cleaned up; not in a program that handles it itself."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: Any):
+        # A second signal must not end the cleaning up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """
+    The block writes the file that it gets, which takes the place of `path` when the block is done. Ended before, by an
+    error or from outside, it leaves `path` as it was; killed, it leaves an unfinished `<path>.part`.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any):
+    """Writes a file that is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def read_json(path: str | Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{path}` is no JSON: {error}") from error

@@ -1,0 +1,131 @@
+"""A saved image classifier with its image processor, loaded whole or refused in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
+
+import hpool_vit  # noqa: F401  (its classes load without `trust_remote_code`)
+
+from .console import hub_id, one_line
+
+
+class SavedModelError(ValueError):
+    """A folder that holds no usable classifier; the message is one line that names the folder and the remedy."""
+
+
+def load_saved_model(
+    name: str, *, trust_remote_code: bool = False, **overrides: Any
+) -> tuple[nn.Module, Any, list[str], list[str]]:
+    """
+    Args:
+        name: a saved folder, or an id on the Hub.
+        trust_remote_code: whether code in the folder may run; HPool-ViTs do not need it here.
+        overrides: fields of the configuration that shall differ, such as `hvt_pool`.
+
+    Returns:
+        The image classifier in evaluation mode and in the type that it was saved in, its image processor, notes for
+        the user, and the names of weights that were not saved, which are random now.
+
+    Raises:
+        SavedModelError: if anything else is missing or damaged.
+    """
+    if not Path(name).exists() and hub_id(name) is None:
+        raise SavedModelError(f"--model_name_or_path {name}: there is no such folder, and it is no id on the Hub.")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise SavedModelError(f"--model_name_or_path {name} has no config.json: give the folder of a saved model.")
+    trust = {"trust_remote_code": trust_remote_code}
+    # Loading would warn of new weights, which are returned.
+    verbosity, with_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(name, **trust)
+        notes = _check_schedule(name, config, overrides)
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            name, output_loading_info=True, **trust, **overrides
+        )
+        processor = AutoImageProcessor.from_pretrained(name, **trust)
+    except SavedModelError:
+        raise
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise SavedModelError(f"--model_name_or_path {name} cannot be loaded: {one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if with_bars:
+            logging.enable_progress_bar()
+    return model.eval(), processor, notes, sorted(loading["missing_keys"])
+
+
+def load_saved_classifier(
+    name: str, *, trust_remote_code: bool = False, **overrides: Any
+) -> tuple[nn.Module, Any, list[str]]:
+    """
+    As [`load_saved_model`], for a model of photos that is ready to classify: without the last value.
+
+    Raises:
+        SavedModelError: if anything is missing, damaged or not finite, or if the two do not fit.
+    """
+    model, processor, notes, new = load_saved_model(name, trust_remote_code=trust_remote_code, **overrides)
+    check_weights(name, model, new)
+    _check_processor(name, model, processor)
+    return model, processor, notes
+
+
+def _check_schedule(name: str, config: Any, overrides: dict[str, Any]) -> list[str]:
+    """Notes on a schedule that was not trained; `SavedModelError` if the model knows no such override."""
+    for flag in ("hvt_pool", "merge_ratio"):
+        if flag in overrides and not hasattr(config, flag):
+            raise SavedModelError(
+                f"--{flag} is for HPool-ViTs, and {name} is a model of the type {config.model_type}."
+            )
+    if "merge_ratio" in overrides and config.pool_mode != "merge":
+        raise SavedModelError(
+            f"--merge_ratio is for models that merge, and {name} has `pool_mode={config.pool_mode!r}`: leave it out."
+        )
+    if "hvt_pool" not in overrides:
+        return []
+    # Merging has no weights of its own, and so works at any block.
+    if config.pool_mode == "merge" or (overrides["hvt_pool"] or []) in config.schedules:
+        return []
+    return [
+        f"note: {name} has no stages for hvt_pool={overrides['hvt_pool']}, only for "
+        f"{', '.join(map(str, config.schedules))}: expect worse answers."
+    ]
+
+
+def check_weights(name: str, model: nn.Module, new: list[str]):
+    if not model.config.num_labels:
+        raise SavedModelError(f"--model_name_or_path {name} has no classes (num_labels is 0): it extracts features.")
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        raise SavedModelError(
+            f"--model_name_or_path {name} has no weights for {new[0]}{more}: it is incomplete, or no classifier yet. "
+            "Train it first."
+        )
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise SavedModelError(
+                f"--model_name_or_path {name}: the weights {key} are not finite, so that every answer would be NaN: "
+                "take a checkpoint from before the training diverged."
+            )
+
+
+@torch.no_grad()
+def _check_processor(name: str, model: nn.Module, processor: Any):
+    """An image through both: they may come from different models."""
+    channels = getattr(model.config, "num_channels", 3)
+    if channels != 3:
+        raise SavedModelError(f"--model_name_or_path {name} takes images of {channels} channels, and not RGB.")
+    try:
+        pixels = processor(torch.zeros(3, 64, 64, dtype=torch.uint8), return_tensors="pt")
+        model(**pixels.to(model.dtype))
+    except (ValueError, RuntimeError) as error:
+        raise SavedModelError(
+            f"--model_name_or_path {name}: the images that its image processor makes do not fit the model: "
+            f"{one_line(error)}"
+        ) from error
