@@ -2,13 +2,14 @@
 
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from .shared.console import name_flags
 
 
 # Name of the sub-command: the module of the toolkit whose function `command` it is, and what the overview says of it.
@@ -88,14 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def command_flags(name: str) -> list[str]:
     """The flags of a sub-command, without their dashes."""
     return [flag[2:] for parameter in load_command(name).params for flag in parameter.opts if flag.startswith("--")]
-
-
-def name_flags(message: str, flags: list[str]) -> str:
-    """A message of the library, which names arguments (`output_dir`, `top_k=0`), with flags instead (--output_dir)."""
-    for flag in flags:
-        message = re.sub(rf"`{flag}`", f"--{flag}", message)
-        message = re.sub(rf"`{flag}=([^`]*)`", lambda match, flag=flag: f"--{flag} {match[1].strip(chr(39))}", message)
-    return message
 
 
 if __name__ == "__main__":

@@ -41,6 +41,14 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
+def name_flags(message: str, flags: list[str]) -> str:
+    """A message of the library, which names arguments (`output_dir`, `top_k=0`), with flags instead (--output_dir)."""
+    for flag in flags:
+        message = re.sub(rf"`{flag}`", f"--{flag}", message)
+        message = re.sub(rf"`{flag}=([^`]*)`", lambda match, flag=flag: f"--{flag} {match[1].strip(chr(39))}", message)
+    return message
+
+
 def parse_value(name: str, text: str) -> Any:
     """A number, a list (`1,5,9` or `[1, 5, 9]`), a word, true, false or none; `none;6;1,5,9` lists schedules."""
     if name == "hvt_pool_choices" and "[" not in text:
