@@ -17,7 +17,7 @@ from hpool_vit.toolkit.conversion.hvt import convert_hvt, hvt_name
 
 
 SECTIONS = re.split(r"^## ", (ROOT / "docs/migration.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-CLASS, PAPER, VIT = SECTIONS[1:]
+CLASS, PAPER, VIT, *_ = SECTIONS[1:]
 
 
 def rows(section: str) -> list[tuple[list[str], list[str], str]]:
