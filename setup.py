@@ -39,7 +39,11 @@ setup(
     python_requires=">=3.11",
     packages=["hpool_vit", *(f"hpool_vit.{name}" for name in find_packages(include=["toolkit", "toolkit.*"]))],
     package_dir={"hpool_vit": "."},
-    package_data={"hpool_vit": ["py.typed"], "hpool_vit.toolkit.demo": ["space_files/*"]},
+    package_data={
+        "hpool_vit": ["py.typed", "LICENSE"],
+        "hpool_vit.toolkit.demo": ["space_files/*"],
+        "hpool_vit.toolkit.hub": ["*.md"],
+    },
     entry_points={"console_scripts": ["hpool-vit = hpool_vit.toolkit.command:main"]},
     install_requires=["torch>=2.11", "transformers>=5.17", "huggingface_hub>=1.5", "pillow"],
     extras_require={

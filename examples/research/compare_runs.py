@@ -12,7 +12,6 @@ of a machine drifts: ratios count.
 import argparse
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from torch import nn
 from transformers.utils import logging
 
 from hpool_vit import HPoolViTForImageClassification
+from hpool_vit.toolkit.hub.results import format_comparison
 from hpool_vit.toolkit.shared.files import write_json
-from hpool_vit.toolkit.shared.measuring import count_macs, format_table, measure_speed
+from hpool_vit.toolkit.shared.measuring import count_macs, measure_speed
 
 
 class Logits(nn.Module):
@@ -75,42 +75,6 @@ def measure(models: dict[str, dict[str, Any]], batch_size: int, rounds: int):
         model["tokens"] = module.model.config.tokens_per_stage()
 
 
-def format_models(models: dict[str, dict[str, Any]], reference: str) -> str:
-    """The comparison as a Markdown table, the ratios to `reference`."""
-    base = models[reference]
-    header = [
-        "model",
-        "tokens",
-        "MACs M",
-        "fewer",
-        "images/s",
-        "faster",
-        "epochs",
-        "trained in",
-        "top-1 %",
-        "per seed",
-    ]
-    rows = []
-    for name, model in models.items():
-        runs = list(model["runs"].values())
-        accuracies = [run["accuracy"] for run in runs]
-        rows.append(
-            [
-                name,
-                ", ".join(map(str, model["tokens"])),
-                f"{model['macs'] / 1e6:.1f}",
-                f"{base['macs'] / model['macs']:.2f} ×",
-                f"{model['images_per_second']:.0f}",
-                f"{model['images_per_second'] / base['images_per_second']:.2f} ×",
-                f"{runs[0]['epochs']:g}",
-                f"{statistics.mean(run['train_seconds'] for run in runs) / 60:.1f} min",
-                f"{statistics.mean(accuracies):.1f}",
-                ", ".join(f"{accuracy:.1f}" for accuracy in accuracies),
-            ]
-        )
-    return format_table(header, rows)
-
-
 def plot_models(models: dict[str, dict[str, Any]], path: Path):
     """Training loss and top-1 on the validation images against epochs, one colour per model, one line per seed."""
     import matplotlib
@@ -148,7 +112,7 @@ def main(argv: list[str] | None = None):
     measure(models, args.batch_size, args.rounds)
     write_json(args.output.with_suffix(".json"), models)
     plot_models(models, args.output.with_suffix(".png"))
-    print(format_models(models, args.reference))
+    print(format_comparison(models, args.reference))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-What a folder already says of its model: the card, else the records of its training. Paths of the machine that it was
-made on lose their folders.
+What a folder already says about its model, in its card or otherwise in the records of its training. Local paths are
+reduced to their last names.
 """
 
 import re
@@ -17,8 +17,9 @@ from ..shared.files import read_json
 
 
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"}
-# Written anew for every card.
-REWRITTEN = ("How to use", "Citation", "Licence", "Examples")
+# Every card gets these anew.
+REWRITTEN = ("How to use", "Citation", "License", "Licence", "Examples")
+# The beginning of the text that `model_card_template.md` writes.
 DESCRIPTION = "An HPool-ViT, a Vision Transformer that pools its token sequence"
 
 NAME = r"[^\s/'\"`|,;:()<>\[\]]"
@@ -33,7 +34,7 @@ LOCAL_PATHS = (
 
 @dataclass
 class EarlierCard:
-    """Arguments of [`model_card.write_model_card`], and the files in the folder that the sections show."""
+    """Arguments for [`write_model_card`], and the picture files that the sections show."""
 
     sections: dict[str, str] = field(default_factory=dict)
     metadata: ModelCardData = field(default_factory=ModelCardData)
@@ -43,8 +44,10 @@ class EarlierCard:
 
 def read_earlier_card(folder: Path) -> EarlierCard:
     """
+    Reads the card of a folder, or the records of its training if it has none.
+
     Raises:
-        ValueError: for a card or a record that cannot be read.
+        ValueError: if the card or a record cannot be read.
     """
     if (folder / "README.md").is_file():
         return read_card(folder)
@@ -56,12 +59,12 @@ def read_card(folder: Path) -> EarlierCard:
     try:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"`{path}` cannot be read: {error}") from error
     sections = {title: text for title, text in split_sections(card.text).items() if title not in REWRITTEN}
     if sections.get("About", "").startswith(DESCRIPTION):
         del sections["About"]
     earlier = EarlierCard(metadata=card.data)
-    # They belong to the files of another repository.
+    # The widget's examples are files of another repository.
     vars(earlier.metadata).pop("widget", None)
     for title, text in sections.items():
         text = keep_pictures(text, folder, earlier.pictures)
@@ -78,12 +81,12 @@ def read_card(folder: Path) -> EarlierCard:
 
 
 def split_sections(text: str) -> dict[str, str]:
-    """The text under each heading of the second level, by title; what comes before the first is "About"."""
+    """The text under each second-level heading, by title. The text before the first one is "About"."""
     sections: dict[str, list[str]] = {"About": []}
     title, fence = "About", None
     for line in text.splitlines():
         if mark := re.match(r"(`{3,}|~{3,})", line):
-            # A block ends at a fence as long as the one that began it.
+            # A fence ends a code block if it is at least as long as the one that started it.
             if fence is None:
                 fence = mark[1]
             elif line.startswith(fence) and not line.strip(fence[0] + " "):
@@ -98,7 +101,7 @@ def split_sections(text: str) -> dict[str, str]:
 
 
 def keep_pictures(text: str, folder: Path, pictures: list[str]) -> str:
-    """Notes the picture files that the text shows; takes those out of it that are not in the folder."""
+    """Collects the picture files that the text shows, and removes pictures that are not in the folder."""
 
     def check(match: re.Match) -> str:
         target = unquote(match[1].strip("<>"))
@@ -112,19 +115,19 @@ def keep_pictures(text: str, folder: Path, pictures: list[str]) -> str:
         return match[0]
 
     text = re.sub(r"!\[(?:\\.|[^\]\\])*\]\(([^)\s]+)\)", check, text)
-    # Titles of pictures that are gone.
+    # Titles of removed pictures.
     return re.sub(r"(?m)^### .*\n+(?=### |\Z)", "", text).strip()
 
 
 def read_records(folder: Path) -> dict[str, Any]:
-    """What the files of a training program say, as arguments of a card; {} if there are none."""
+    """The records of a training as arguments for a card; {} if there are none."""
     facts: dict[str, Any] = {}
     record: dict[str, Any] = {}
     if (folder / "training.yaml").is_file():
         try:
             record = yaml.safe_load((folder / "training.yaml").read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{folder / 'training.yaml'} is no YAML: {error}") from error
+            raise ValueError(f"`{folder / 'training.yaml'}` is not valid YAML: {error}") from error
         facts["recipe"] = scrub(record)
         data = record.get("data") or {}
         name = data.get("dataset_name") or data.get("train_dir") or ", ".join(data.get("train_files") or [])
@@ -132,7 +135,7 @@ def read_records(folder: Path) -> dict[str, Any]:
         facts["base_model"] = scrub((record.get("model") or {}).get("model_name_or_path"))
     if (folder / "all_results.json").is_file():
         measured = read_json(folder / "all_results.json")
-        # The saved weights are the averaged ones where there are such.
+        # With weight averaging, the averaged weights are the saved ones.
         saved = "eval_ema_" if (record.get("recipe") or {}).get("ema_decay") else "eval_"
         names = (saved + name for name in ("top1", "top5", "loss"))
         facts["results"] = {name: measured[name] for name in names if name in measured}
@@ -142,7 +145,7 @@ def read_records(folder: Path) -> dict[str, Any]:
 
 
 def scrub(value: Any) -> Any:
-    """`without_local_paths` for every text in a structure."""
+    """Applies `without_local_paths` to every string in nested lists and dictionaries."""
     if isinstance(value, str):
         return without_local_paths(value)
     if isinstance(value, Mapping):
@@ -151,13 +154,13 @@ def scrub(value: Any) -> Any:
 
 
 def without_local_paths(text: str) -> str:
-    """The text in which of an absolute path (also `~/…`, `C:\\…`, `file://…`) only the last name is left."""
+    """Reduces each absolute path in the text (also `~/…`, `C:\\…`, `file://…`) to its last name."""
     for pattern in LOCAL_PATHS:
         text = re.sub(pattern, lambda match: last_name(match[0]), text)
     return text
 
 
 def last_name(path: str) -> str:
-    # In Markdown, backslashes stand before other signs too.
+    # In Markdown, backslashes also escape other characters.
     separators = r"[\\/]+" if re.match(r"[A-Za-z]:", path) else "/+"
     return [name for name in re.split(separators, path) if name][-1]

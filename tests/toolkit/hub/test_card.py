@@ -1,4 +1,7 @@
+"""The model card: what the Hub reads, what a reader learns, and that any text leaves it whole."""
+
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from hpool_vit.toolkit.hub.card import write_model_card
 
 
 def card_of(folder: Path, **kwargs) -> ModelCard:
-    """The card as the Hub reads it, of a folder with the pictures that it shows."""
+    """The card as the Hub reads it, in a folder with the pictures that the card shows."""
     folder.mkdir(exist_ok=True)
     for name in kwargs.get("pictures", {}).values():
         (folder / name).touch()
@@ -21,8 +24,10 @@ def card_of(folder: Path, **kwargs) -> ModelCard:
     return ModelCard.load(write_model_card(folder, **given))
 
 
-def block(card: ModelCard, language: str) -> str:
-    return re.search(rf"^(`{{3,}}){language}\n(.*?)\n\1$", card.text, flags=re.DOTALL | re.MULTILINE).group(2)
+def block(card: ModelCard, language: str, section: str = "") -> str:
+    """The first code block in a language, after the heading of a section."""
+    text = card.text.partition(f"\n## {section}")[2]
+    return re.search(rf"^(`{{3,}}){language}\n(.*?)\n\1$", text, flags=re.DOTALL | re.MULTILINE).group(2)
 
 
 def titles(card: ModelCard) -> list[str]:
@@ -52,10 +57,10 @@ def test_a_card_says_what_the_hub_wants_to_know(tmp_path):
     assert (top1.dataset_type, top1.dataset_split) == ("uoft-cs/cifar10", "test")
     assert (top1.task_type, top1.metric_type) == ("image-classification", "accuracy")
     assert "| Top-1 accuracy | 91.25% |" in card.text and "| loss | 0.3 |" in card.text
-    assert "| Mean accuracy of the classes | 87.50% |" in card.text
+    assert "| Mean class accuracy | 87.50% |" in card.text
 
 
-def test_a_card_tells_the_model_the_training_the_data_and_the_machine(tmp_path):
+def test_a_card_describes_the_model_the_training_the_data_and_the_machine(tmp_path):
     card = card_of(
         tmp_path / "m",
         recipe={"learning_rate": 5e-4},
@@ -72,7 +77,7 @@ def test_a_card_tells_the_model_the_training_the_data_and_the_machine(tmp_path):
     ]  # fmt: skip
     for line in (
         "| tokens per stage | 64 → 31 → 15 |",
-        "| pooling | max pooling before blocks 1, 3 (the first is 0) |",
+        "| pooling | max pooling before blocks 1, 3 (counted from 0) |",
         f"| parameters | {tiny_model().num_parameters():,} |",
         "| distilled from | outputs/teacher |",
         "| time (h:mm:ss) | 1:02:04 |",
@@ -88,7 +93,7 @@ def test_a_card_tells_the_model_the_training_the_data_and_the_machine(tmp_path):
         "Measured on: digits.",
     ):
         assert line in card.text.splitlines(), line
-    assert block(card, "bash") == "python run.py"
+    assert block(card, "bash", "Training") == "python run.py"
     assert block(card, "yaml") == "learning_rate: 0.0005"
 
 
@@ -126,7 +131,7 @@ def test_any_text_in_names_leaves_the_card_whole(tmp_path):
     )
     rows = [line for line in card.text.splitlines() if line.startswith("| ") and "é" not in line]
     assert len(rows) > 8 and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
-    assert block(card, "bash") == "python a.py --x '```'\n  --y ````"
+    assert block(card, "bash", "Training") == "python a.py --x '```'\n  --y ````"
     assert yaml.safe_load(block(card, "yaml"))["note"] == "```\n---\n| é"
     compile(block(card, "python"), "usage", "exec")
 
@@ -137,7 +142,7 @@ def test_the_recipe_is_in_the_card_in_full(tmp_path):
     assert yaml.safe_load(block(card, "yaml")) == {**recipe, "betas": [0.9, 0.999], "folder": "a/b", "decay": 0.025}
 
 
-def test_a_folder_is_no_base_model_for_the_hub(tmp_path, monkeypatch):
+def test_the_hub_gets_no_local_folder_as_base_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("outputs/warm-start").mkdir(parents=True)
     card = card_of(
@@ -156,7 +161,7 @@ def test_long_lists_are_shortened_and_counted(tmp_path):
     assert "49.jpg: truncated\n… and 25 more lines" in card.text and "50.jpg" not in card.text
 
 
-def test_a_card_shows_no_picture_that_is_not_there(tmp_path):
+def test_a_card_leaves_out_pictures_that_do_not_exist(tmp_path):
     pictures = {"Curves": "curves.png", "Confusion matrix": "confusion_matrix.png"}
     (tmp_path / "confusion_matrix.png").touch()
     text = write_model_card(tmp_path, model=tiny_model(), label_names=["a"], pictures=pictures).read_text()
@@ -200,6 +205,15 @@ def test_the_code_in_the_card_runs_beside_the_folder(saved_folder, tmp_path):
     result = run_python(tmp_path / "usage.py", cwd=tmp_path, hide=("hpool_vit",))
     assert {"ant", "bee", "cat"} == set(re.findall(r"'label': '(\w+)'", result.stdout))
     assert result.stdout.endswith("torch.Size([1, 32]) False\n")
+
+
+def test_the_commands_in_the_card_name_the_model_as_the_shell_reads_it(tmp_path):
+    for repo_id, name in (("bees/insects", "bees/insects"), (None, 'it\'s "mine" $HOME')):
+        commands = block(card_of(tmp_path / 'it\'s "mine" $HOME', repo_id=repo_id), "bash").splitlines()
+        assert [shlex.split(line)[:3] for line in commands] == [
+            ["hpool-vit", "predict", name],
+            ["hpool-vit", "visualize", name],
+        ]
 
 
 @pytest.mark.parametrize("fact", ["title", "year", "arXiv", "authors"])

@@ -1,4 +1,4 @@
-"""`examples/push_to_hub.py`: a trained folder becomes a repository that others can use, with nothing else in it."""
+"""`hpool-vit push`: a trained folder becomes a repository that others can use, with nothing else in it."""
 
 import base64
 import json
@@ -10,27 +10,38 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import CODE, TESTS, TOOLKIT, run_python, tiny_model
+from helpers import CODE, TESTS, run_command, run_python, tiny_model
 from huggingface_hub import ModelCard
 from image_files import encoded, picture
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.utils import logging
 
 from hpool_vit import HPoolViTForImageClassification
-from hpool_vit.toolkit.hub import push as push_to_hub
+from hpool_vit.toolkit import command
+from hpool_vit.toolkit.hub import push as push_module
 from hpool_vit.toolkit.hub.card import write_model_card
 from hpool_vit.toolkit.hub.earlier_card import split_sections, without_local_paths
-from hpool_vit.toolkit.hub.repository import read_results
+from hpool_vit.toolkit.hub.repository import prepare_repository
+from hpool_vit.toolkit.hub.results import read_results
 
 
-PROGRAM = TOOLKIT / "hub/push.py"
 SECRET = "/home/secret-user/projects"
 MODEL_FILES = CODE | {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "LICENSE"}
 
 
+@pytest.fixture(autouse=True)
+def restored_logging():
+    """The command silences Transformers, which it must not do for other tests."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
 @pytest.fixture
 def trained(saved_folder, tmp_path) -> Path:
-    """A folder as the training programs leave it, on the machine of somebody with secrets."""
+    """A folder as a training leaves it, on the machine of a user with secrets."""
     folder = Path(shutil.copytree(saved_folder, tmp_path / "trained"))
     Image.new("RGB", (30, 20), "blue").save(folder / "curves.png")
     for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "log.json", "bad_images.json"):
@@ -64,11 +75,29 @@ def write_trainer_card(folder: Path) -> Path:
     )
 
 
+def push(*words):
+    """Runs `hpool-vit push` in this process."""
+    command.main(["push", *map(str, words)])
+
+
 def prepare(folder: Path, *words, repo_id: str = "bees/hpool-vit-insects") -> Path:
     output_dir = folder.parent / "repository"
-    flags = ["--model_name_or_path", folder, "--repo_id", repo_id, "--dry_run", "--output_dir", output_dir]
-    push_to_hub.main(list(map(str, [*flags, *words])))
+    push(folder, "--repo_id", repo_id, "--dry_run", "--output_dir", output_dir, *words)
     return output_dir
+
+
+def error_of(call, capsys) -> str:
+    """The line with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    assert stopped.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+def repeated(flag: str, values: list) -> list:
+    return [word for value in values for word in (flag, value)]
 
 
 def files_of(folder: Path) -> set[str]:
@@ -104,7 +133,7 @@ def test_only_what_belongs_to_the_model_comes_along_and_no_local_path(trained, t
     assert (repository / "LICENSE").read_bytes() == (TESTS.parent / "LICENSE").read_bytes()
     printed = capsys.readouterr().out
     assert all(f"  {name}\n" in printed for name in files_of(repository))
-    assert (repository / "README.md").read_text() in printed and "nothing was uploaded" in printed
+    assert (repository / "README.md").read_text() in printed and "Nothing was uploaded" in printed
 
 
 def test_what_the_card_of_the_training_says_is_kept(trained):
@@ -117,11 +146,11 @@ def test_what_the_card_of_the_training_says_is_kept(trained):
     (result,) = card.data.eval_results
     assert (result.metric_value, result.dataset_name, result.dataset_split) == (0.9125, "insects", "test")
     assert list(split_sections(card.text)) == [
-        "About", "How to use", "Results", "Training", "Data", "Hardware", "Pictures", "Limits", "Licence", "Citation",
+        "About", "How to use", "Results", "Training", "Data", "Hardware", "Pictures", "Limits", "License", "Citation",
     ]  # fmt: skip
     for line in (
         "# hpool-vit-insects",
-        'name = "bees/hpool-vit-insects"  # this folder, or its id on the Hub',
+        'name = "bees/hpool-vit-insects"  # the path of this folder, or its id on the Hub',
         "| Top-1 accuracy | 91.25% |",
         "Measured on: insects test.",
         "python run.py --train_dir 'my insects' --bf16",
@@ -142,7 +171,7 @@ def test_a_prepared_repository_can_be_prepared_again(trained, tmp_path):
     first = prepare(trained, "--examples", tmp_path / "bee.png")
     first = first.rename(tmp_path / "first")
     second = prepare(first)
-    without_examples = "## Licence"
+    without_examples = "## License"
     texts = [(folder / "README.md").read_text() for folder in (first, second)]
     assert texts[0].partition(without_examples)[2] == texts[1].partition(without_examples)[2]
     assert files_of(second) == files_of(first) - {"examples/bee.jpg"} and "widget" not in texts[1]
@@ -177,7 +206,7 @@ def test_new_results_stand_in_the_card_and_comparisons_below_them(trained, tmp_p
     metrics.write_text('{"eval_top1": 0.75}')
     rows.write_text('[{"model": "a|b", "images": {"per second": 12.5}, "log": [1, 2]}, {"model": "c"}]')
     comparison = TESTS.parent / "docs" / "results" / "training_digits.json"
-    card = ModelCard.load(prepare(trained, "--results", metrics, rows, comparison) / "README.md")
+    card = ModelCard.load(prepare(trained, *repeated("--results", [metrics, rows, comparison])) / "README.md")
     assert [result.metric_value for result in card.data.eval_results] == [0.75]
     results = split_sections(card.text)["Results"]
     assert "75.00%" in results and "91.25%" not in results
@@ -201,7 +230,7 @@ def test_examples_are_copied_titled_and_answered_without_what_the_camera_wrote(t
     picture(1, (2000, 1000)).save(tmp_path / "Red_Admiral.jpg", exif=exif, comment=b"secret comment")
     (tmp_path / "x.png").write_bytes(encoded(picture(2)))
     examples = [tmp_path / "Red_Admiral.jpg", f"red admiral={tmp_path / 'x.png'}", f"Biene 狗={tmp_path / 'x.png'}"]
-    repository = prepare(trained, "--examples", *examples, "--license", "mit")
+    repository = prepare(trained, *repeated("--examples", examples), "--license", "mit")
     widget = ModelCard.load(repository / "README.md").data.widget
     assert [(entry["example_title"], entry["src"]) for entry in widget] == [
         ("Red Admiral", "examples/red-admiral.jpg"),
@@ -248,47 +277,50 @@ def spoil(folder: Path, how: str):
         ("preprocessor_config.json", "has no image processor"),
         ("not finite", "the weights hpool_vit.layernorm.weight are not finite"),
         ("no classifier", "has no weights for classifier.bias and 1 more"),
-        ("a ViT", "holds a ViTForImageClassification, and no HPool-ViT"),
+        ("a ViT", "holds a ViTForImageClassification, not an HPool-ViT"),
         ("a path in the configuration", "config.json would name the local folder"),
-        ("a broken record", "training.yaml is no YAML"),
+        ("a broken record", "training.yaml` is not valid YAML"),
     ],
 )
-def test_a_folder_that_cannot_be_shared_is_refused_and_nothing_is_left(how, message, trained):
+def test_a_folder_that_cannot_be_shared_is_refused_and_nothing_is_left(how, message, trained, capsys):
     spoil(trained, how)
-    with pytest.raises(ValueError, match=message):
-        prepare(trained)
+    assert message in error_of(lambda: prepare(trained), capsys)
     assert os.listdir(trained.parent) == ["trained"]
 
 
 @pytest.mark.parametrize(
     "repo_id", ["insects", "a/b/c", "bees/", "/insects", "be es/x", "bees/x--y", "bees/x.git", "b/" + "x" * 97]
 )
-def test_a_name_that_the_hub_would_not_take_is_refused(repo_id, trained):
-    with pytest.raises(ValueError, match=r"--repo_id .* must be `owner/name`"):
-        prepare(trained, repo_id=repo_id)
+def test_a_name_that_the_hub_would_not_take_is_refused(repo_id, trained, capsys):
+    error = error_of(lambda: prepare(trained, repo_id=repo_id), capsys)
+    assert error.startswith(f"error: --repo_id {repo_id} must be of the form owner/name: ")
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--license", "Apache 2.0"], "--license 'Apache 2.0' is no identifier"),
+        (["--license", "Apache 2.0"], "--license Apache 2.0 is not an identifier"),
         (["--examples", "lost.png"], "--examples lost.png cannot be used: unreadable: No such file"),
-        (["--results", "setup.py"], "`setup.py` is no JSON"),
+        (["--results", "setup.py"], "`setup.py`"),
         (["--results", "lost.json"], "lost.json"),
-        (["--model_name_or_path", "bees/insects"], "bees/insects is no folder"),
         (["--output_dir", "tests"], "`tests` exists and is not empty"),
     ],
 )
-def test_wrong_flags_are_refused_by_name(words, message, trained, monkeypatch):
+def test_wrong_flags_are_refused_by_name(words, message, trained, monkeypatch, capsys):
     monkeypatch.chdir(TESTS.parent)
-    with pytest.raises((ValueError, OSError), match=message):
-        prepare(trained, *words)
+    assert message in error_of(lambda: prepare(trained, *words), capsys)
+
+
+def test_a_model_that_is_not_a_folder_is_refused(tmp_path, capsys):
+    assert "bees/insects is not a folder" in error_of(lambda: prepare(Path("bees/insects")), capsys)
+    with pytest.raises(ValueError, match="`model=bees/insects` is not a folder"):
+        prepare_repository("bees/insects", "bees/insects", tmp_path / "repository")
 
 
 @pytest.mark.parametrize("content", ["[]", "[1, 2]", '"text"', '{"a": "b"}', "{}"])
 def test_a_file_without_results_is_refused(content, tmp_path):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match="holds no metrics and no rows"):
+    with pytest.raises(ValueError, match="holds neither metrics nor rows"):
         read_results([tmp_path / "results.json"])
 
 
@@ -307,11 +339,11 @@ def test_a_file_without_results_is_refused(content, tmp_path):
         ),
     ],
 )
-def test_of_local_paths_only_the_last_name_is_left(text, expected):
+def test_local_paths_are_reduced_to_their_last_names(text, expected):
     assert without_local_paths(text) == expected
 
 
-def test_headings_in_code_are_no_sections():
+def test_headings_in_code_do_not_begin_a_section():
     text = "# x\n\nHello\n## A\n````python\n```\n## no section\n````\n## B\n## A\nmore"
     assert split_sections(text) == {"About": "Hello", "A": "````python\n```\n## no section\n````\nmore", "B": ""}
 
@@ -320,7 +352,7 @@ def test_headings_in_code_are_no_sections():
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """As much of the Hub as an upload needs; it keeps what it gets in `server.requests`."""
+    """The part of the Hub that an upload needs. It records what it gets in `server.requests`."""
 
     def answer(self, content: dict):
         body = json.dumps(content).encode()
@@ -379,12 +411,12 @@ def hub():
     server.server_close()
 
 
-def test_the_program_uploads_exactly_the_repository(hub, trained, tmp_path):
+def test_the_command_uploads_exactly_the_repository(hub, trained, tmp_path):
     write_trainer_card(trained)
     environment = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_test", "HF_HOME": str(tmp_path / "home")}
     environment |= {"PATH": "/usr/bin:/bin", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
-    flags = ["--model_name_or_path", trained, "--repo_id", "bees/insects", "--private"]
-    result = run_python(PROGRAM, *flags, env=environment, cwd=tmp_path)
+    flags = ["--repo_id", "bees/insects", "--private"]
+    result = run_command("push", trained, *flags, env=environment, cwd=tmp_path)
     assert f"uploaded: {hub.address}/bees/insects" in result.stdout
     bodies = {path.partition("?")[0]: body for path, body in hub.requests}
     made = json.loads(bodies["/api/repos/create"])
@@ -396,12 +428,12 @@ def test_the_program_uploads_exactly_the_repository(hub, trained, tmp_path):
     assert files.keys() == MODEL_FILES | {"curves.png"}
     assert base64.b64decode(files["LICENSE"]) == (TESTS.parent / "LICENSE").read_bytes()
     assert b"secret" not in b"".join(map(base64.b64decode, files.values()))
-    # Prepared in a folder of the moment.
+    # The repository was prepared in a temporary folder.
     assert {path.name for path in tmp_path.iterdir()} <= {"trained", "home"}
 
 
 class Api:
-    """Stands for `HfApi`, of a repository that is public; `failure` is what it raises instead of making one."""
+    """Stands for `HfApi`, with a public repository; it raises `failure` instead of creating one."""
 
     failure = None
     uploads = []
@@ -418,28 +450,29 @@ class Api:
         self.uploads.append(kwargs)
 
 
-def push(trained: Path, monkeypatch, *words: str):
-    monkeypatch.setattr(push_to_hub, "HfApi", Api)
-    monkeypatch.setattr(push_to_hub, "get_token", lambda: "hf_test")
+@pytest.fixture
+def api(monkeypatch):
+    monkeypatch.setattr(push_module, "HfApi", Api)
+    monkeypatch.setattr(push_module, "get_token", lambda: "hf_test")
     monkeypatch.setattr(Api, "uploads", [])
-    push_to_hub.main(["--model_name_or_path", str(trained), "--repo_id", "bees/insects", *words])
+    return Api
 
 
-def test_what_is_to_be_private_is_not_uploaded_to_a_public_repository(trained, monkeypatch):
-    with pytest.raises(ValueError, match="bees/insects exists and is public"):
-        push(trained, monkeypatch, "--private")
-    assert Api.uploads == []
-    push(trained, monkeypatch)
-    assert len(Api.uploads) == 1
+def test_a_private_upload_to_a_public_repository_is_refused(trained, api, capsys):
+    error = error_of(lambda: push(trained, "--repo_id", "bees/insects", "--private"), capsys)
+    assert "--private is requested, but bees/insects exists and is public" in error
+    assert api.uploads == []
+    push(trained, "--repo_id", "bees/insects")
+    assert len(api.uploads) == 1
 
 
-def test_a_failed_upload_is_one_line(trained, monkeypatch):
-    monkeypatch.setattr(Api, "failure", RuntimeError("403 Forbidden\n\nYou may not."))
-    with pytest.raises(ValueError, match=r"^bees/insects was not uploaded: 403 Forbidden You may not\.$"):
-        push(trained, monkeypatch)
+def test_a_failed_upload_is_one_line(trained, api, monkeypatch, capsys):
+    monkeypatch.setattr(api, "failure", RuntimeError("403 Forbidden\n\nYou may not."))
+    error = error_of(lambda: push(trained, "--repo_id", "bees/insects"), capsys)
+    assert error == "error: bees/insects was not uploaded: 403 Forbidden You may not."
 
 
-def test_without_a_token_the_user_is_told_before_any_work(trained, monkeypatch):
-    monkeypatch.setattr(push_to_hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match="There is no token for the Hub: run `hf auth login`"):
-        push_to_hub.main(["--model_name_or_path", str(trained), "--repo_id", "bees/insects"])
+def test_a_missing_token_is_reported_before_any_work(trained, monkeypatch, capsys):
+    monkeypatch.setattr(push_module, "get_token", lambda: None)
+    error = error_of(lambda: push(trained, "--repo_id", "bees/insects"), capsys)
+    assert error == "error: There is no token for the Hub: run `hf auth login`, set HF_TOKEN, or use --dry_run."
