@@ -1,32 +1,41 @@
-"""The command `hpool-vit`: one sub-command per job, whose module is imported only when it runs."""
+"""The command `hpool-vit`: one sub-command per job, imported only when it runs."""
 
+import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .shared.console import name_flags
+from hpool_vit import __version__
+
+from .shared.console import NotStartedError, one_line, quiet
 
 
-# Name of the sub-command: the module of the toolkit whose function `command` it is, and what the overview says of it.
+# For each sub-command, the module of the toolkit whose function `command` it runs, and its line in `hpool-vit --help`.
+# Such a module may also set COMMAND_SETTINGS, keywords of `Typer.command`, and COMMAND_FLAGS, the names of flags that
+# the function parses itself.
 COMMANDS = {
     "convert": ("conversion.convert", "Turn a trained ViT, or a checkpoint of the paper's code, into an HPool-ViT."),
-    "train": ("training.train", "Train or fine-tune on your images, on any number of processes."),
-    "predict": ("inference.predict", "Classify files, folders and addresses."),
+    "train": ("training.train", "Train or fine-tune on your images, in any number of processes."),
+    "predict": ("inference.predict", "Classify image files, folders of them, and web addresses."),
     "visualize": ("inspection.visualize", "Draw which patches each token stands for after each stage."),
     "stats": ("inspection.stats", "Count parameters, tokens and multiply-accumulates per stage."),
     "export": ("export.export", "Export to ONNX or torch.export, in float32 or int8, and check the result."),
-    "push": ("hub.push", "Prepare a repository with a model card, look at it, and upload it to the Hub."),
-    "demo": ("demo.app", "Serve a page in your browser, or write it as a Space."),
+    "push": ("hub.push", "Write a repository with a model card, and upload it to the Hub."),
+    "demo": ("demo.app", "Try models on a page in your browser, or write the page as a Space."),
 }
+
+# Typer does not export the base class of its complaints about the command line.
+UsageError = typer.BadParameter.__base__
 
 
 class LazyGroup(TyperGroup):
-    """Lists every sub-command without importing any; imports the one that is called."""
+    """Lists all sub-commands without importing any, and imports the one that runs."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -35,19 +44,24 @@ class LazyGroup(TyperGroup):
         return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1]) if cmd_name in COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, _, rest = super().resolve_command(ctx, args)
+        name, *rest = args
+        if name not in COMMANDS:
+            similar = difflib.get_close_matches(name, COMMANDS, n=1)
+            ctx.fail(f"There is no command {name!r}" + (f" (did you mean {similar[0]!r}?)" if similar else ""))
         return name, load_command(name), rest
 
 
 def load_command(name: str) -> Any:
-    """The sub-command `name`, with flags spelled like the arguments of its function: `--output_dir`."""
+    """The sub-command `name`. Its flags are spelled like the arguments of its function: `--output_dir`."""
     module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name, **getattr(module, "COMMAND_SETTINGS", {}))(module.command)
     command = typer.main.get_command(app)
     for parameter in command.params:
         parameter.opts = [_with_underscores(flag) for flag in parameter.opts]
-        parameter.secondary_opts = [_with_underscores(flag) for flag in parameter.secondary_opts]
+        # `--no_…` only where it changes something.
+        negative = parameter.secondary_opts if parameter.default is True else []
+        parameter.secondary_opts = [_with_underscores(flag) for flag in negative]
     return command
 
 
@@ -59,36 +73,86 @@ app = typer.Typer(
     cls=LazyGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    help="A faster Vision Transformer from the one you have. `hpool-vit COMMAND --help` explains each command.",
+    help="Make a Vision Transformer faster by pooling its tokens. `hpool-vit COMMAND --help` explains a command.",
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hpool-vit {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options() -> None:
-    """Without a callback, Typer would take the group for one command."""
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """
-    Runs `hpool-vit`. What is wrong with the input is one line on standard error and exit status 1; what is wrong with
-    the command line itself is status 2.
+    Runs `hpool-vit`. An error is one line on standard error. The exit status is 1 for wrong input, 2 for a wrong
+    command line, and otherwise what the sub-command returns.
 
     Args:
         argv: the words after `hpool-vit`; by default those of the command line.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        app(words, prog_name="hpool-vit")
+        quiet()
+        status = app(words, prog_name="hpool-vit", standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "hpool-vit"
+        stop(f"{error.format_message().rstrip('.')}. See {command} --help.", error.exit_code)
     except (ValueError, OSError, ImportError) as error:
-        flags = command_flags(words[0]) if words and words[0] in COMMANDS else []
-        # With several processes, one line is enough.
-        sys.exit(f"error: {name_flags(str(error), flags)}" if os.environ.get("RANK", "0") == "0" else 1)
+        stop(name_flags(str(error), known_names(words)), 2 if isinstance(error, NotStartedError) else 1)
+    if status:
+        sys.exit(status)
 
 
-def command_flags(name: str) -> list[str]:
-    """The flags of a sub-command, without their dashes."""
-    return [flag[2:] for parameter in load_command(name).params for flag in parameter.opts if flag.startswith("--")]
+def stop(message: str, status: int) -> NoReturn:
+    """Ends the process with one line. Of several processes, only the first one prints it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {one_line(message)}", file=sys.stderr)
+    sys.exit(status)
+
+
+def known_names(words: list[str]) -> dict[str, str]:
+    """For each argument of the sub-command in `words`, what it is called on the command line: `--top_k` or `MODEL`."""
+    if not words or words[0] not in COMMANDS:
+        return {}
+    try:
+        command = load_command(words[0])
+    except ImportError:
+        return {}
+    module = importlib.import_module(f".{COMMANDS[words[0]][0]}", __package__)
+    names = {name: f"--{name}" for name in getattr(module, "COMMAND_FLAGS", ())}
+    for parameter in command.params:
+        flags = [flag for flag in parameter.opts if flag.startswith("--")]
+        names[parameter.name] = flags[0] if flags else (parameter.metavar or parameter.name).strip("[].").upper()
+    return names
+
+
+def name_flags(message: str, names: dict[str, str]) -> str:
+    """
+    A message of the library in the words of the command line: `output_dir` becomes --output_dir, and `top_k=0` becomes
+    --top_k 0.
+
+    Args:
+        message: the message, with arguments in backticks.
+        names: for each argument, what the command line calls it.
+    """
+
+    def rename(match: re.Match) -> str:
+        name, value = names.get(match["name"]), match["value"]
+        if name is None:
+            return match[0]
+        return name if value is None else f"{name} {value.strip(chr(39))}"
+
+    return re.sub(r"`(?P<name>\w+)(=(?P<value>[^`]*))?`", rename, message)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the commands share on the command line: one-line errors, and the values of flags."""
+"""What the commands share on the command line: values of flags, missing packages, and errors of one line."""
 
+import contextlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,61 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
-def run(main: Callable[[], None]):
-    """Runs a program: what is wrong with the input is one line on stderr and exit code 1, not a traceback."""
-    from transformers.utils import logging  # here, because it takes a second and the other functions do without
+class NotStartedError(ValueError):
+    """Stops a command before it begins its work: the exit status is 2, as for a wrong flag, and not 1."""
 
-    # The program's own report says what is new.
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """
+    Imports optional packages. If one is missing, the error is one line that says how to install it:
+
+        with needs("export"):
+            import onnxruntime
+
+    Args:
+        extra: the extra of `hpool-vit` that installs the packages.
+
+    Raises:
+        ImportError: if a package is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f'The package {error.name} is missing: python -m pip install "hpool-vit[{extra}]"'
+        raise ImportError(message, name=error.name) from error
+
+
+def quiet() -> None:
+    """Silences what Transformers and the Hub client report while they work; errors are still raised."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging  # imported here because it takes a second
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs the `main` of a script. Wrong input is one line on standard error and exit status 1, not a traceback."""
+    quiet()
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {one_line(error)}")
 
 
 def one_line(text: Any) -> str:
-    """`text` on one line and encodable: without control characters, line separators and halves of surrogate pairs."""
+    """
+    `text` on one line that any terminal and file can take: control characters, line separators and halves of surrogate
+    pairs become spaces.
+    """
     visible = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", str(text))
     return " ".join(visible.split())
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` if it can be an id on the Hub, `owner/name`, and is no file or folder here; otherwise None."""
+    """`name` if it can be an id on the Hub (`owner/name`) and is not a file or folder here; otherwise None."""
     if name is None or str(name).count("/") != 1 or Path(name).exists():
         return None
     try:
@@ -41,16 +76,18 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def name_flags(message: str, flags: list[str]) -> str:
-    """A message of the library, which names arguments (`output_dir`, `top_k=0`), with flags instead (--output_dir)."""
-    for flag in flags:
-        message = re.sub(rf"`{flag}`", f"--{flag}", message)
-        message = re.sub(rf"`{flag}=([^`]*)`", lambda match, flag=flag: f"--{flag} {match[1].strip(chr(39))}", message)
-    return message
-
-
 def parse_value(name: str, text: str) -> Any:
-    """A number, a list (`1,5,9` or `[1, 5, 9]`), a word, true, false or none; `none;6;1,5,9` lists schedules."""
+    """
+    The value that a flag's text stands for.
+
+    Args:
+        name: the argument. `hvt_pool` is always a list, `hvt_pool_choices` a list of schedules.
+        text: a number, a word, `true`, `false`, `none`, or a list such as `1,5,9` or `[1, 5, 9]`. Semicolons separate
+            schedules: `none;6;1,5,9`.
+
+    Raises:
+        ValueError: if the text cannot be read.
+    """
     if name == "hvt_pool_choices" and "[" not in text:
         return [parse_value("hvt_pool", part) for part in text.split(";")]
     if text.strip().lower() in ("none", "null", ""):
@@ -58,9 +95,9 @@ def parse_value(name: str, text: str) -> Any:
     try:
         value = yaml.safe_load(f"[{text}]" if "," in text and "[" not in text else text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--{name} {text!r} is no value: give a number, a word, or a list such as 1,5,9.") from error
+        raise ValueError(f"`{name}={text}` is not a value: give a number, a word, or a list such as 1,5,9.") from error
     if isinstance(value, str):
-        # YAML reads 1e-6 as a text.
+        # YAML reads 1e-6 as text.
         try:
             return float(value)
         except ValueError:

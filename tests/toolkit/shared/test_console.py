@@ -151,5 +151,5 @@ def test_a_flag_takes_numbers_lists_words_and_schedules(name, text, value):
 
 
 def test_a_text_that_is_no_value_is_named_with_its_flag():
-    with pytest.raises(ValueError, match=r"--hvt_pool '\[1, 5' is no value: give a number"):
+    with pytest.raises(ValueError, match=r"`hvt_pool=\[1, 5` is not a value: give a number"):
         parse_value("hvt_pool", "[1, 5")
