@@ -7,17 +7,23 @@ from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
-TRAINING = ["accelerate>=1.10", "datasets>=5.0", "evaluate>=0.4.6"]
-EXAMPLES = ["torchvision", *TRAINING, "scikit-learn", "matplotlib", "pandas", "psutil", "pyyaml", "tensorboard"]
-EXAMPLES += ["requests", "tqdm"]
-EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-DEMO = ["gradio>=6"]
+# What the modules of the package import themselves, whether Transformers brings it along or not.
+BASE = ["torch>=2.11", "transformers>=5.17", "huggingface_hub>=1.5", "pillow", "numpy", "safetensors"]
+BASE += ["jinja2", "pyyaml", "tqdm", "typer"]
+# One extra per command that needs more than that.
+VISION = ["torchvision"]
+VISUALIZE = [*VISION, "matplotlib"]
+PREDICT = [*VISUALIZE, "accelerate>=1.10", "requests"]
+TRAIN = [*PREDICT, "datasets>=5.0", "evaluate>=0.4.6", "pandas", "psutil", "scikit-learn"]
+EXPORT = [*VISION, "onnx", "onnxscript", "onnxruntime"]
+DEMO = [*VISUALIZE, "gradio>=6"]
+EXAMPLES = [*TRAIN, "tensorboard"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "parameterized", "timm", "playwright"]
 TEST += ["build", "setuptools>=77", "ruff", "mypy"]
 
 setup(
-    script_name="setup.py",  # by which setuptools knows the one file beside the modules that is none
+    script_name="setup.py",  # so that setuptools does not take this file for a module of the package
     name="hpool-vit",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text()).group(1),
     description="HPool-ViT, the hierarchically pooled Vision Transformer, for Hugging Face Transformers",
@@ -45,13 +51,16 @@ setup(
         "hpool_vit.toolkit.hub": ["*.md"],
     },
     entry_points={"console_scripts": ["hpool-vit = hpool_vit.toolkit.command:main"]},
-    install_requires=["torch>=2.11", "transformers>=5.17", "huggingface_hub>=1.5", "pillow"],
+    install_requires=BASE,
     extras_require={
-        "vision": ["torchvision"],
-        "train": TRAINING,
-        "examples": EXAMPLES,
+        "vision": VISION,
+        "visualize": VISUALIZE,
+        "predict": PREDICT,
+        "train": TRAIN,
         "export": EXPORT,
-        "demo": [*EXAMPLES, *DEMO],
+        "demo": DEMO,
+        "all": [*TRAIN, *EXPORT, *DEMO],
+        "examples": EXAMPLES,
         "docs": DOCS,
         "test": [*EXAMPLES, *EXPORT, *DEMO, *DOCS, *TEST],
     },
