@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 import contextlib
 import json
@@ -12,24 +12,29 @@ from pathlib import Path
 from typing import Any
 
 
-def check_output_dir(output_dir: str | Path):
-    """Raises a `ValueError` if something is in the way; called before the work, not after it."""
+def check_output_dir(output_dir: str | Path) -> None:
+    """
+    Call it before the work, so that a mistake costs no time.
+
+    Raises:
+        ValueError: if `output_dir` is a file, or a folder that is not empty.
+    """
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"`{output_dir}` exists and is not empty: choose another `--output_dir`.")
+        raise ValueError(f"{output_dir} exists and is not empty: choose another `output_dir`.")
 
 
 @contextlib.contextmanager
 def folder_written_whole(output_dir: str | Path) -> Iterator[Path]:
     """
-    A new folder to write into, beside `output_dir` and of the same name, that takes its place when the block ends.
-    After an error, Ctrl+C or SIGTERM nothing is left of it.
+    Gives a temporary folder to write into, which becomes `output_dir` when the block ends. After an error, Ctrl+C or
+    SIGTERM nothing is left of it.
 
     Args:
-        output_dir: a folder that does not exist yet, or is empty; those that it is to be in are made.
+        output_dir: a folder that does not exist yet, or is empty. Missing parent folders are created.
 
     Raises:
-        ValueError: if something is in the way.
+        ValueError: if `output_dir` is a file, or a folder that is not empty.
     """
     output_dir = Path(output_dir).resolve()
     check_output_dir(output_dir)
@@ -46,14 +51,14 @@ def folder_written_whole(output_dir: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises `SystemExit`, so that files are cleaned up; not in a program that handles it itself."""
+    """SIGTERM raises `SystemExit` in the block, so that files are cleaned up, unless the program handles it itself."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 
     def stop(number: int, frame: Any):
-        # A second signal must not end the cleaning up.
+        # A second signal must not interrupt the clean-up.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(128 + number)
 
@@ -67,8 +72,8 @@ def _exit_on_sigterm() -> Iterator[None]:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """
-    The block writes the file that it gets, which takes the place of `path` when the block is done. Ended before, by an
-    error or from outside, it leaves `path` as it was; killed, it leaves an unfinished `<path>.part`.
+    Gives a temporary file to write, `<path>.part`, which replaces `path` when the block ends. An error or a signal
+    leaves `path` as it was; only a kill also leaves the unfinished `.part` file.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -80,16 +85,22 @@ def written_whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any):
-    """Writes a file that is never seen half written."""
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes a JSON file in one step: nobody sees it half written. Missing folders are created."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(scratch, path)
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path: str | Path) -> Any:
+    """
+    Raises:
+        ValueError: if the file is not JSON.
+        OSError: if it cannot be read.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path}` is no JSON: {error}") from error
+        raise ValueError(f"{path} is not a JSON file: {error}") from error

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to an RGB image, and the record of the files that could not be used."""
+"""Decode image files to RGB, and record the files that cannot be used."""
 
 import io
 import json
@@ -6,22 +6,27 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
-from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
-from torchvision.transforms.v2.functional import to_pil_image
 
 from hpool_vit.image_processing_hpool_vit import to_rgb
 
+from .console import needs
 
-# Colour spaces in which a file can look other than its colours in RGB: the report lists the files that had them.
+
+with needs("vision"):
+    from torchvision.transforms.v2.functional import to_pil_image
+
+
+# Files in these modes can look different in RGB, so the report lists them.
 REPORTED_MODES = {"CMYK": "CMYK", "P": "palette", "PA": "palette"}
 
 
 class DataError(ValueError):
     """
-    What is wrong with the data, in one line for the user. A `DataLoader` raises what happens in a worker again with
-    the worker's traceback as the message: of that only the line itself is kept.
+    What is wrong with the data, in one line. A `DataLoader` repeats an error of a worker with the whole traceback as
+    its message; only the line itself is kept.
     """
 
     def __init__(self, message: str):
@@ -30,7 +35,7 @@ class DataError(ValueError):
 
 
 class BadImageError(DataError):
-    """An image that cannot be used, and why."""
+    """An image that cannot be used; the message is the reason."""
 
 
 class TooManyBadImagesError(DataError):
@@ -39,35 +44,49 @@ class TooManyBadImagesError(DataError):
 
 def read_image(image: dict | None) -> bytes:
     """
-    The bytes of an image as `datasets.Image(decode=False)` gives it: embedded, or in a file at a path or address.
+    Args:
+        image: an image as `datasets.Image(decode=False)` gives it, a dictionary of `bytes` and `path`: embedded bytes,
+            or a file at a path or web address.
 
     Raises:
-        BadImageError: if there are none.
+        BadImageError: if there are no bytes.
     """
     if image is None or (image["bytes"] is None and not image["path"]):
         raise BadImageError("no image")
     if image["bytes"] is not None:
         return image["bytes"]
     try:
-        with xopen(image["path"], "rb") as file:
+        with open_path(image["path"]) as file:
             return file.read()
     except OSError as error:
         raise BadImageError(f"unreadable: {error.strerror or error}") from error
 
 
+def open_path(path: str) -> BinaryIO:
+    """A local file, or one that `datasets` reads from an address or an archive."""
+    if "://" not in path:
+        return open(path, "rb")
+    with needs("train"):
+        from datasets.utils.file_utils import xopen
+    return xopen(path, "rb")
+
+
 def decode_image(data: bytes) -> tuple[Image.Image, str | None]:
     """
-    The image turned upright as its EXIF data say and in RGB (transparency on white, 16 bits as 8), and a note if it
-    was CMYK or had a palette.
+    Decodes an image to RGB: upright according to its EXIF data, transparency on white, 16 bits as 8.
+
+    Returns:
+        The image, and a note if it was CMYK or had a palette.
 
     Raises:
-        BadImageError: for an image that is unreadable, truncated, animated, has a side of 1 pixel, or has more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS`, which is judged by the header, before any memory is taken.
+        BadImageError: if the image is unreadable, truncated or animated, has a side of 1 pixel, or has more pixels
+            than `PIL.Image.MAX_IMAGE_PIXELS`. The header tells, so an enormous image takes no memory.
     """
-    # Pillow's decoders raise whatever a broken file leads them to, from OSError to struct.error.
+    # Pillow's decoders raise all kinds of errors for a broken file, from OSError to struct.error.
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Checked below: threads that decode side by side undo each other's filters.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
         num_frames = getattr(image, "n_frames", 1)
     except Image.UnidentifiedImageError as error:
@@ -76,7 +95,9 @@ def decode_image(data: bytes) -> tuple[Image.Image, str | None]:
         raise BadImageError(f"too large: {error}") from error
     except Exception as error:
         raise BadImageError(describe(error)) from error
-    # The second image of an MPO file, which many cameras write for a photo, is a preview or a depth map.
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise BadImageError(f"too large: {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+    # Many cameras write photos as MPO files, whose second image is a preview or a depth map.
     if num_frames > 1 and image.format != "MPO":
         raise BadImageError(f"animated: {num_frames} frames")
     if min(image.size) <= 1:
@@ -99,23 +120,22 @@ def describe(error: Exception) -> str:
 
 class BadImages:
     """
-    The bad images met so far, each file once: records with the `name` of the file, the `kind`, which is "skipped" or
-    "converted", and the `reason`.
+    The bad images so far, one record per file: its `name`, the `kind` ("skipped" or "converted") and the `reason`.
     """
 
     def __init__(self, records: Iterable[dict] = ()):
         self.records: dict[str, dict] = {}
         self.add(records)
 
-    def add(self, records: Iterable[dict]):
-        """Adds records: of a batch (its `bad_images`), of another process, or of an earlier run."""
+    def add(self, records: Iterable[dict]) -> None:
+        """Adds the records of a batch (its `bad_images`), of another process, or of an earlier run."""
         for record in records:
             self.records.setdefault(record["name"], record)
 
     def of_kind(self, kind: str) -> list[dict]:
         return [record for record in self.records.values() if record["kind"] == kind]
 
-    def check(self, max_bad_images: int):
+    def check(self, max_bad_images: int) -> None:
         """
         Raises:
             TooManyBadImagesError: if more than `max_bad_images` files were skipped.
@@ -123,11 +143,11 @@ class BadImages:
         skipped = self.of_kind("skipped")
         if len(skipped) > max_bad_images:
             raise TooManyBadImagesError(
-                f"{len(skipped)} images are bad, more than --max_bad_images {max_bad_images}, the last one "
-                f"{skipped[-1]['name']} ({skipped[-1]['reason']}): repair the data, or raise the limit."
+                f"{len(skipped)} images are bad, more than `max_bad_images={max_bad_images}`. The last one is "
+                f"{skipped[-1]['name']} ({skipped[-1]['reason']}). Repair the data, or raise the limit."
             )
 
-    def write(self, path: str | Path):
+    def write(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(list(self.records.values()), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -135,7 +155,7 @@ class BadImages:
         return cls(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def summary(self, max_lines: int = 20) -> str:
-        """The number of files of each kind and their names and reasons, at most `max_lines` of a kind."""
+        """How many files there are of each kind, with names and reasons of at most `max_lines` of them."""
         lines = []
         for kind in ("skipped", "converted"):
             records = self.of_kind(kind)

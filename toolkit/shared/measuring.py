@@ -1,4 +1,4 @@
-"""Multiply-accumulates, speeds and memory of models side by side, and tables. Shared by the measuring programs."""
+"""Measure multiply-accumulates, speed and memory of models side by side, and print tables."""
 
 import re
 import statistics
@@ -15,14 +15,36 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
+class Logits(nn.Module):
+    """
+    A classifier whose output is one tensor, the logits: what exporters and comparisons expect.
+
+    Args:
+        model: a model whose output is a tensor, or an object with `logits`.
+        options: keywords of the model's forward pass, such as `interpolate_pos_encoding`.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any):
+        super().__init__()
+        self.model = model
+        self.options = options
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        outputs = self.model(pixel_values, **self.options)
+        return outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+
+
 @torch.inference_mode()
 def count_macs(model: nn.Module, image: torch.Tensor) -> int:
-    """Multiply-accumulates for one image: half of what FlopCounterMode counts, attention in plain products."""
+    """The multiply-accumulates of a model for `image`, a batch of one."""
     return count_call_macs(partial(model, image))
 
 
 def count_call_macs(call: Callable[[], Any]) -> int:
-    """Multiply-accumulates of whatever `call` computes, a backward pass too."""
+    """
+    The multiply-accumulates of `call`, which may include a backward pass: half of the operations that
+    `FlopCounterMode` counts, with attention as plain matrix products.
+    """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() // 2
@@ -30,11 +52,20 @@ def count_call_macs(call: Callable[[], Any]) -> int:
 
 @torch.inference_mode()
 def measure_speed(models: list[nn.Module], images: torch.Tensor, rounds: int) -> list[float]:
+    """Images per second of each model, as `time_in_turns` measures them."""
     return time_in_turns([partial(model, images) for model in models], len(images), rounds)
 
 
 def time_in_turns(calls: list[Callable[[], Any]], num_images: int, rounds: int) -> list[float]:
-    """Images per second of each call: the median over rounds in which all take turns."""
+    """
+    Images per second of each call. The calls take turns, after one warm-up each, so that a busy machine slows down all
+    of them alike.
+
+    Args:
+        calls: what to time.
+        num_images: how many images each call processes.
+        rounds: how many turns each call gets; the median counts.
+    """
     for call in calls:
         call()
     rates = [[] for _ in calls]
@@ -47,14 +78,14 @@ def time_in_turns(calls: list[Callable[[], Any]], num_images: int, rounds: int) 
 
 
 def timer(device: str | torch.device) -> float:
-    """Seconds of a clock, read when the device has done all that it was given."""
+    """The time in seconds, read after the device has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def resident_bytes(field: str) -> int | None:
-    """`VmRSS`, the memory that this process has now, or `VmHWM`, the most it has had; None but on Linux."""
+    """The memory of this process: `VmRSS` is what it has now, `VmHWM` the most it has had. None except on Linux."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -68,5 +99,6 @@ def quartiles(values: list[float], digits: int = 4) -> list[float]:
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""A saved image classifier with its image processor, loaded whole or refused in one line."""
+"""Load a saved image classifier with its image processor, or say in one line what is wrong with it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,31 +15,33 @@ from .console import hub_id, one_line
 
 
 class SavedModelError(ValueError):
-    """A folder that holds no usable classifier; the message is one line that names the folder and the remedy."""
+    """A folder without a usable classifier. The message is one line that names the folder and what to do."""
 
 
 def load_saved_model(
     name: str, *, trust_remote_code: bool = False, **overrides: Any
 ) -> tuple[nn.Module, Any, list[str], list[str]]:
     """
+    Loads an image classifier and its image processor.
+
     Args:
         name: a saved folder, or an id on the Hub.
-        trust_remote_code: whether code in the folder may run; HPool-ViTs do not need it here.
-        overrides: fields of the configuration that shall differ, such as `hvt_pool`.
+        trust_remote_code: whether code in the folder may run. HPool-ViTs do not need it.
+        overrides: arguments of `from_pretrained`, and fields of the configuration to change, such as `hvt_pool`.
 
     Returns:
-        The image classifier in evaluation mode and in the type that it was saved in, its image processor, notes for
-        the user, and the names of weights that were not saved, which are random now.
+        The model in evaluation mode and in the dtype that it was saved in, its image processor, notes for the user,
+        and the names of the weights that are missing in the folder and therefore random.
 
     Raises:
-        SavedModelError: if anything else is missing or damaged.
+        SavedModelError: if anything other than weights is missing or damaged.
     """
     if not Path(name).exists() and hub_id(name) is None:
-        raise SavedModelError(f"--model_name_or_path {name}: there is no such folder, and it is no id on the Hub.")
+        raise SavedModelError(f"{name} is neither a folder here nor an id on the Hub.")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise SavedModelError(f"--model_name_or_path {name} has no config.json: give the folder of a saved model.")
+        raise SavedModelError(f"{name} has no config.json: give the folder of a saved model.")
     trust = {"trust_remote_code": trust_remote_code}
-    # Loading would warn of new weights, which are returned.
+    # Transformers would warn of missing weights, which this function returns.
     verbosity, with_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -53,7 +55,7 @@ def load_saved_model(
     except SavedModelError:
         raise
     except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise SavedModelError(f"--model_name_or_path {name} cannot be loaded: {one_line(error)}") from error
+        raise SavedModelError(f"{name} cannot be loaded: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if with_bars:
@@ -65,10 +67,19 @@ def load_saved_classifier(
     name: str, *, trust_remote_code: bool = False, **overrides: Any
 ) -> tuple[nn.Module, Any, list[str]]:
     """
-    As [`load_saved_model`], for a model of photos that is ready to classify: without the last value.
+    Loads a model of RGB images that is ready to classify, and its image processor.
+
+    Args:
+        name: a saved folder, or an id on the Hub.
+        trust_remote_code: whether code in the folder may run. HPool-ViTs do not need it.
+        overrides: fields of the configuration to change, such as `hvt_pool`.
+
+    Returns:
+        The model in evaluation mode, its image processor, and notes for the user.
 
     Raises:
-        SavedModelError: if anything is missing, damaged or not finite, or if the two do not fit.
+        SavedModelError: if anything is missing, damaged or not finite, or if the image processor does not fit the
+            model.
     """
     model, processor, notes, new = load_saved_model(name, trust_remote_code=trust_remote_code, **overrides)
     check_weights(name, model, new)
@@ -77,55 +88,63 @@ def load_saved_classifier(
 
 
 def _check_schedule(name: str, config: Any, overrides: dict[str, Any]) -> list[str]:
-    """Notes on a schedule that was not trained; `SavedModelError` if the model knows no such override."""
+    """Notes on a schedule that the model was not trained for; refuses fields that the model does not have."""
     for flag in ("hvt_pool", "merge_ratio"):
         if flag in overrides and not hasattr(config, flag):
             raise SavedModelError(
-                f"--{flag} is for HPool-ViTs, and {name} is a model of the type {config.model_type}."
+                f"`{flag}` is for HPool-ViTs, and {name} is a model of the type {config.model_type}."
             )
     if "merge_ratio" in overrides and config.pool_mode != "merge":
         raise SavedModelError(
-            f"--merge_ratio is for models that merge, and {name} has `pool_mode={config.pool_mode!r}`: leave it out."
+            f"`merge_ratio` is for models that merge tokens, and {name} has the pool_mode {config.pool_mode!r}: "
+            "leave it out."
         )
     if "hvt_pool" not in overrides:
         return []
-    # Merging has no weights of its own, and so works at any block.
+    # Merging has no weights of its own, so it works at any block.
     if config.pool_mode == "merge" or (overrides["hvt_pool"] or []) in config.schedules:
         return []
     return [
-        f"note: {name} has no stages for hvt_pool={overrides['hvt_pool']}, only for "
+        f"note: {name} was not trained for hvt_pool={overrides['hvt_pool']}, only for "
         f"{', '.join(map(str, config.schedules))}: expect worse answers."
     ]
 
 
-def check_weights(name: str, model: nn.Module, new: list[str]):
+def check_weights(name: str, model: nn.Module, new: list[str]) -> None:
+    """
+    Args:
+        name: what the user called the model.
+        model: the loaded model.
+        new: the names of its missing weights.
+
+    Raises:
+        SavedModelError: if the model has no classes, or if weights are missing or not finite.
+    """
     if not model.config.num_labels:
-        raise SavedModelError(f"--model_name_or_path {name} has no classes (num_labels is 0): it extracts features.")
+        raise SavedModelError(f"{name} has no classes (num_labels is 0): it only extracts features.")
     if new:
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""
         raise SavedModelError(
-            f"--model_name_or_path {name} has no weights for {new[0]}{more}: it is incomplete, or no classifier yet. "
-            "Train it first."
+            f"{name} has no weights for {new[0]}{more}: it is incomplete, or not yet trained as a classifier."
         )
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise SavedModelError(
-                f"--model_name_or_path {name}: the weights {key} are not finite, so that every answer would be NaN: "
-                "take a checkpoint from before the training diverged."
+                f"{name} is damaged: the weights {key} are not finite, so every answer would be NaN. Use a checkpoint "
+                "from before the training diverged."
             )
 
 
 @torch.no_grad()
-def _check_processor(name: str, model: nn.Module, processor: Any):
-    """An image through both: they may come from different models."""
+def _check_processor(name: str, model: nn.Module, processor: Any) -> None:
+    """Passes an image through both, because they may come from different models."""
     channels = getattr(model.config, "num_channels", 3)
     if channels != 3:
-        raise SavedModelError(f"--model_name_or_path {name} takes images of {channels} channels, and not RGB.")
+        raise SavedModelError(f"{name} takes images of {channels} channels, not RGB.")
     try:
         pixels = processor(torch.zeros(3, 64, 64, dtype=torch.uint8), return_tensors="pt")
         model(**pixels.to(model.dtype))
     except (ValueError, RuntimeError) as error:
         raise SavedModelError(
-            f"--model_name_or_path {name}: the images that its image processor makes do not fit the model: "
-            f"{one_line(error)}"
+            f"The images that the image processor of {name} prepares do not fit the model: {one_line(error)}"
         ) from error

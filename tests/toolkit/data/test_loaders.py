@@ -292,7 +292,7 @@ def test_images_that_are_all_bad_end_the_run(tmp_path, streaming, num_workers, m
     loaded = load(tmp_path, streaming=streaming, max_bad_images=max_bad_images)
     error = error_of(train_loader(loaded, num_workers=num_workers))
     assert isinstance(error, TooManyBadImagesError)
-    expected = "4 images are bad, more than --max_bad_images 3" if max_bad_images == 3 else "No.* can be read"
+    expected = "4 images are bad, more than `max_bad_images=3`" if max_bad_images == 3 else "No.* can be read"
     assert re.fullmatch(f"{expected}.*", str(error))
 
 

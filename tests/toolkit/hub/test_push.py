@@ -303,7 +303,7 @@ def test_a_name_that_the_hub_would_not_take_is_refused(repo_id, trained, capsys)
         (["--examples", "lost.png"], "--examples lost.png cannot be used: unreadable: No such file"),
         (["--results", "setup.py"], "`setup.py`"),
         (["--results", "lost.json"], "lost.json"),
-        (["--output_dir", "tests"], "`tests` exists and is not empty"),
+        (["--output_dir", "tests"], "tests exists and is not empty"),
     ],
 )
 def test_wrong_flags_are_refused_by_name(words, message, trained, monkeypatch, capsys):

@@ -82,7 +82,7 @@ def test_bad_images_are_counted_by_file_and_only_skipped_ones_count():
     bad_images = BadImages([record("a"), record("b")])
     bad_images.add([record("a"), record("c", "converted", "CMYK to RGB")])
     bad_images.check(max_bad_images=2)
-    with pytest.raises(TooManyBadImagesError, match=r"2 images are bad.*--max_bad_images 1.*b \(truncated\)"):
+    with pytest.raises(TooManyBadImagesError, match=r"2 images are bad.*`max_bad_images=1`.*b \(truncated\)"):
         bad_images.check(max_bad_images=1)
 
 
