@@ -1,4 +1,4 @@
-"""The parts of the demo page that are HTML: the tokens of a schedule, what a forward costs, and messages."""
+"""The HTML parts of the demo page: the tokens of a schedule, the costs of a forward pass, and messages."""
 
 import math
 from html import escape
@@ -12,13 +12,13 @@ from .models import Answer, Schedule, ServedModel
 
 HEADER = """
 <h1>HPool-ViT</h1>
-<p>A Vision Transformer that pools its tokens between blocks: fewer and fewer tokens, so fewer multiply-accumulates,
-with the same number of parameters. Give it an image and see what it answers, what that costs, and which parts of the
-image the surviving tokens stand for.</p>
+<p>HPool-ViT is a Vision Transformer that pools its tokens between blocks. It needs far fewer multiply-accumulates than
+a plain ViT with the same number of parameters. Upload an image to see what the model answers, what the answer costs,
+and which parts of the image the remaining tokens stand for.</p>
 """
 LIMITS = (
     f"At most {MAX_FILES} images of {MAX_FILE_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels each. They stay on the "
-    "machine that runs this page, and are deleted after an hour."
+    "machine that runs this page and are deleted after an hour."
 )
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
@@ -58,16 +58,16 @@ def count(number: int, noun: str) -> str:
 
 
 def pooled_blocks(schedule: Schedule) -> str:
-    """Where a schedule pools, in words; blocks are counted from 0, as in `hvt_pool`."""
+    """Where a schedule pools, in words. Blocks are counted from 0, as in `hvt_pool`."""
     if not schedule.hvt_pool:
         return "No pooling"
     return f"Pooling at block{'s' * (len(schedule.hvt_pool) > 1)} {', '.join(map(str, schedule.hvt_pool))}"
 
 
 def draw_schedule(schedule: Schedule) -> str:
-    """One grid of squares per stage, a square per token, and what it costs."""
+    """One grid of squares per stage with a square per token, and the costs."""
     starts = ["at first", *(f"block {block}" for block in schedule.hvt_pool)]
-    # All in one line, each square as large in one stage as in another.
+    # All stages fit in one line, with squares of one size.
     step = min(6.0, 300 / sum(map(_columns, schedule.tokens)))
     figures = [
         f"<figure>{_squares(tokens, step)}<figcaption><b>{tokens}</b><br><span>{start}</span></figcaption></figure>"
@@ -96,7 +96,7 @@ def _squares(tokens: int, step: float) -> str:
 
 
 def draw_tiles(model: ServedModel, schedule: Schedule, answer: Answer, num_images: int) -> str:
-    """Latency, images per second, tokens and multiply-accumulates."""
+    """Latency, images per second, tokens and multiply-accumulates, one tile each."""
     device = model.model.device.type
     where = f"on the CPU, {count(torch.get_num_threads(), 'thread')}" if device == "cpu" else f"on {device}"
     share = schedule.macs / model.macs_without_pooling
@@ -105,7 +105,7 @@ def draw_tiles(model: ServedModel, schedule: Schedule, answer: Answer, num_image
         "latency": (f"{answer.milliseconds:.1f} ms", f"per image, {where}"),
         "rate": (f"{answer.images_per_second:,.0f} / s", f"images, {batch}"),
         "tokens-per-stage": (" → ".join(map(str, schedule.tokens)), "tokens per stage"),
-        "macs": (f"{format_macs(schedule.macs)} MACs", f"{share:.0%} of what it takes without pooling"),
+        "macs": (f"{format_macs(schedule.macs)} MACs", f"{share:.0%} of the MACs without pooling"),
     }
     return '<div class="tiles">{}</div>'.format(
         "".join(f'<div id="{name}"><b>{value}</b><span>{text}</span></div>' for name, (value, text) in tiles.items())
@@ -117,6 +117,6 @@ def caption(scores: dict[str, float]) -> str:
 
 
 def format_messages(messages: list[str]) -> str:
-    """A box of messages, which may hold what users send, such as the names of files; nothing for none."""
+    """A box of messages, or nothing. Messages may contain text from visitors, such as names of files."""
     lines = "".join(f"<p>{escape(message)}</p>" for message in messages)
     return f'<div class="message" role="alert">{lines}</div>' if messages else ""

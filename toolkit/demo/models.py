@@ -1,4 +1,4 @@
-"""The models of the demo page: saved folders, each of which serves several visitors at once."""
+"""The models of the demo page: saved folders that serve several visitors at once."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ DRAWING = threading.Lock()
 
 @dataclass(frozen=True)
 class Schedule:
-    """Blocks at whose input the tokens are pooled, patch tokens per stage, and multiply-accumulates of one image."""
+    """The blocks that pool their input, the patch tokens per stage, and the multiply-accumulates for one image."""
 
     hvt_pool: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -38,8 +38,8 @@ class Schedule:
 @dataclass
 class Answer:
     """
-    Class probabilities of shape (num_images, num_labels); the median time of a forward of one image in milliseconds;
-    and the images per second when all of them went through the model in one batch.
+    Class probabilities of shape (num_images, num_labels), the median time of a forward pass for one image in
+    milliseconds, and the images per second with all images in one batch.
     """
 
     probabilities: torch.Tensor
@@ -49,28 +49,28 @@ class Answer:
 
 class ServedModel:
     """
-    A saved folder that several threads use at once, each with a schedule of its own.
+    A saved model that several threads use at once, each with its own schedule.
 
     Args:
-        folder: as `save_pretrained` of an `HPoolViTForImageClassification` and of its image processor leaves it.
+        folder: where an `HPoolViTForImageClassification` and its image processor were saved.
 
     Raises:
-        SavedModelError: for a folder that holds no such model, or a damaged one.
+        SavedModelError: if the folder holds no such model, or a damaged one.
     """
 
     def __init__(self, folder: Path):
         if read_model_type(folder) != HPoolViTConfig.model_type:
-            raise SavedModelError(f"--model_name_or_path {folder} is no folder of a saved HPool-ViT.")
+            raise SavedModelError(f"`{folder}` is not the folder of a saved HPool-ViT.")
         model, self.image_processor, _ = load_saved_classifier(str(folder))
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.labels = distinct_labels(model.config)
         schedules = [describe_schedule(model.config.with_schedule(hvt_pool)) for hvt_pool in usable_schedules(model)]
-        # The cheapest first.
+        # From the cheapest to the most expensive.
         self.schedules = sorted(schedules, key=lambda schedule: schedule.macs)
         hvt_pools = [schedule.hvt_pool for schedule in self.schedules]
         self.saved_position = hvt_pools.index(tuple(model.config.hvt_pool or ()))
         self.macs_without_pooling = model_stats(model.config.with_schedule(None))["macs"]
-        # A schedule belongs to the whole model: nobody may change it while another visitor's images pass.
+        # The whole model has one schedule, which must not change while it works for another visitor.
         self.lock = threading.Lock()
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
@@ -83,7 +83,7 @@ class ServedModel:
         """Classifies inputs of shape (num_images, 3, height, width) under `schedules[position]`, and times it."""
 
         def forward(inputs: torch.Tensor) -> torch.Tensor:
-            return self.model(inputs).logits.float().softmax(-1).cpu()  # the copy waits for an accelerator
+            return self.model(inputs).logits.float().softmax(-1).cpu()  # copying waits for an accelerator
 
         with self.lock:
             self.set_schedule(position)
@@ -106,16 +106,16 @@ class ServedModel:
         return trace.logits[0].softmax(-1), Image.open(file)
 
     def top(self, probabilities: torch.Tensor, number: int) -> dict[str, float]:
-        """The likeliest classes by name, the likeliest first."""
+        """The most likely classes by name, in descending order."""
         values, indices = probabilities.topk(min(number, len(self.labels)))
         return {self.labels[index]: value for index, value in zip(indices.tolist(), values.tolist(), strict=True)}
 
     def schedule(self, position: float) -> Schedule:
-        """The schedule at a position of the slider, which may still be that of another model with more of them."""
+        """The schedule at a position of the slider, which may come from another model with more schedules."""
         return self.schedules[min(int(position), len(self.schedules) - 1)]
 
     def set_schedule(self, position: float):
-        """Pools as the schedule at `position` says; to be called with the lock held."""
+        """Switches the model to the schedule at `position`. The caller holds the lock."""
         hvt_pool = list(self.schedule(position).hvt_pool)
         if (self.model.config.hvt_pool or []) != hvt_pool:
             self.model.set_hvt_pool(hvt_pool)
@@ -131,13 +131,13 @@ def read_model_type(folder: Path) -> str | None:
 
 def usable_schedules(model: HPoolViTForImageClassification) -> list[list[int]]:
     """
-    The schedules that a model answers well with: those it has stages for. Merging has no weights, and works with any;
-    here with its own, without its first merges, and without all of them.
+    The schedules that the page offers: those for which the model has stages. Merging has no weights and works with any
+    schedule; the page offers the model's own one, and that without its first merge, its first two, and so on.
     """
     config, blocks = model.config, list(model.config.hvt_pool or [])
     if config.pool_mode != "merge" or config.hvt_pool_choices:
         return config.schedules
-    if isinstance(config.merge_ratio, list):  # a ratio per block, which fits no other number of blocks
+    if isinstance(config.merge_ratio, list):  # one ratio per block fits no other number of blocks
         return [blocks, []] if blocks else [[]]
     return [blocks[first:] for first in range(len(blocks) + 1)]
 
@@ -147,7 +147,7 @@ def describe_schedule(config: HPoolViTConfig) -> Schedule:
 
 
 def distinct_labels(config: HPoolViTConfig) -> list[str]:
-    """The names of the classes, with their number where two share a name, as `crane` of ImageNet does."""
+    """The names of the classes. Classes that share a name get their number, such as the two cranes of ImageNet."""
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name} ({index})" for index, name in enumerate(names)]
@@ -165,20 +165,23 @@ def find_models(models_dir: Path) -> list[Path]:
     folders = [folder for folder in folders if read_model_type(folder) == HPoolViTConfig.model_type]
     if not folders:
         raise SavedModelError(
-            f"`{models_dir}` holds no saved model: make one with `make quickstart`, or name one with "
-            "--model_name_or_path DIR."
+            f"`models_dir={models_dir}` holds no saved model: make one with `hpool-vit convert` or `hpool-vit train`, "
+            "or name the folder of a model."
         )
     return folders
 
 
 def load_models(folders: list[Path], skip_bad: bool = False) -> dict[str, ServedModel]:
     """
-    The models by their names, all loaded at once: Transformers changes global settings meanwhile, which a forward pass
-    in another thread would see.
+    Loads all models, by their names. They are loaded before the page opens, because Transformers changes global
+    settings while it loads, which a forward pass in another thread would see.
+
+    Args:
+        folders: the folders of the models.
+        skip_bad: report a folder that cannot be loaded on standard error, and leave it out.
 
     Raises:
-        SavedModelError: for a folder that cannot be shown; with `skip_bad`, which reports it on stderr, for the last
-            one if all are such.
+        SavedModelError: if a folder cannot be loaded. With `skip_bad`, if none can.
     """
     models = {}
     for name, folder in zip(name_folders(folders), folders, strict=True):
@@ -192,6 +195,6 @@ def load_models(folders: list[Path], skip_bad: bool = False) -> dict[str, Served
 
 
 def name_folders(folders: list[Path]) -> list[str]:
-    """A name for each folder: its own, or its path where two are named alike."""
+    """A name for each folder: its own, or its path if another folder has the same name."""
     names = [folder.resolve().name for folder in folders]
     return [name if names.count(name) == 1 else folder.as_posix() for name, folder in zip(names, folders, strict=True)]

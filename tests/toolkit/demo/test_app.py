@@ -1,5 +1,6 @@
-"""The demo page without a browser: what it computes, what it refuses, and what it does not let in or out."""
+"""The demo page without a browser: what it computes, what it refuses, and what it keeps in or out."""
 
+import sys
 import threading
 
 import gradio as gr
@@ -11,7 +12,8 @@ from image_files import BAD_FILES, encoded, picture, write_folder
 from transformers import pipeline
 
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
-from hpool_vit.toolkit.demo import app
+from hpool_vit.toolkit import command
+from hpool_vit.toolkit.demo.app import serve
 from hpool_vit.toolkit.demo.files import (
     MAX_EXAMPLES,
     MAX_FILE_MEGABYTES,
@@ -23,6 +25,7 @@ from hpool_vit.toolkit.demo.files import (
 )
 from hpool_vit.toolkit.demo.markup import draw_schedule, format_messages
 from hpool_vit.toolkit.demo.models import ServedModel, distinct_labels, find_models, load_models
+from hpool_vit.toolkit.demo.page import LAUNCH, Page, build_demo
 from hpool_vit.toolkit.shared.images import BadImageError, DataError
 from hpool_vit.toolkit.shared.saved_model import SavedModelError
 
@@ -48,7 +51,7 @@ def model(folder):
 
 @pytest.fixture
 def page(model):
-    return app.Page({"elastic": model}, {"elastic": []})
+    return Page({"elastic": model}, {"elastic": []})
 
 
 @pytest.fixture
@@ -149,7 +152,8 @@ class TestTheModels:
     def test_a_bad_folder_among_those_found_is_reported_and_left_out(self, folder, tmp_path, capsys):
         (tmp_path / "config.json").write_text('{"model_type": "hpool_vit"}')
         assert list(load_models([folder, tmp_path], skip_bad=True)) == ["elastic"]
-        assert f"skipped: --model_name_or_path {tmp_path}" in capsys.readouterr().err
+        reported = capsys.readouterr().err
+        assert reported.startswith("skipped: ") and str(tmp_path) in reported
         with pytest.raises(SavedModelError, match="cannot be loaded"):
             load_models([tmp_path], skip_bad=True)
 
@@ -169,21 +173,21 @@ class TestTheFiles:
         shown, messages, costs, gallery, classes, _ = page.answer("elastic", 0, files, "")
         assert shown == [photos[0], photos[1]] and len(gallery.value) == 2
         assert "bad.png cannot be shown: unreadable" in messages.value
-        assert "gone.png cannot be shown: no longer there" in messages.value
+        assert "gone.png cannot be shown: no longer there: upload it again" in messages.value
         assert set(classes) == {"ant", "bee", "cat"} and "in a batch of 2" in costs
 
     def test_too_many_files_are_cut_off_with_a_message(self, photos):
         messages = []
         assert len(list(read_images(photos * 6, messages))) == MAX_FILES
-        assert messages == [f"18 files were given: these are the first {MAX_FILES}."]
+        assert messages == [f"You gave 18 files. These are the first {MAX_FILES}."]
 
     def test_a_file_over_the_limit_is_refused_unread(self, tmp_path):
         with (tmp_path / "large.png").open("wb") as file:
             file.truncate((MAX_FILE_MEGABYTES + 1) * 2**20)
-        with pytest.raises(BadImageError, match=f"^too large: 21 MB, and {MAX_FILE_MEGABYTES} MB are allowed$"):
+        with pytest.raises(BadImageError, match=f"^too large: 21 MB, but the limit is {MAX_FILE_MEGABYTES} MB$"):
             open_image(tmp_path / "large.png")
 
-    def test_what_a_visitor_sends_is_no_markup(self):
+    def test_text_from_a_visitor_is_not_markup(self):
         assert "<script>" not in format_messages(["<script>alert(1)</script>.png cannot be shown"])
         assert format_messages([]) == ""
 
@@ -201,7 +205,7 @@ class TestTheFiles:
         files = [file for file, _ in find_examples(["ant"], tmp_path / "photos", tmp_path)]
         assert len(files) == MAX_EXAMPLES and {file.split("/")[-2] for file in files} == {"ant", "bee", "cat"}
 
-    @pytest.mark.parametrize(("name", "problem"), [("missing", "is no folder"), ("empty", "holds no images")])
+    @pytest.mark.parametrize(("name", "problem"), [("missing", "is not a folder"), ("empty", "holds no images")])
     def test_a_folder_without_examples_is_refused(self, name, problem, tmp_path):
         (tmp_path / "empty").mkdir()
         with pytest.raises(DataError, match=problem):
@@ -209,7 +213,7 @@ class TestTheFiles:
 
 
 class TestThePage:
-    def test_the_slider_is_there_for_several_schedules_only(self, page, model, saved_folder):
+    def test_only_a_model_with_several_schedules_has_a_slider(self, page, model, saved_folder):
         slider, schedule, _, _ = page.choose_model("elastic", [])
         assert slider.visible and (slider.maximum, slider.value) == (3, model.saved_position)
         assert schedule == draw_schedule(model.schedules[1])
@@ -241,22 +245,30 @@ class TestThePage:
             page.choose_image("elastic", 0, [str(tmp_path / "gone.png")], event(0))
 
     def test_the_page_has_no_interface_for_programs_and_no_fonts_from_elsewhere(self, page):
-        demo = app.build_demo(page.models, page.examples)
+        demo = build_demo(page.models, page.examples)
         assert demo.get_api_info()["named_endpoints"] == {} and not demo.analytics_enabled
-        assert app.LAUNCH["theme"]._stylesheets == [] and not app.LAUNCH["share"] and not app.LAUNCH["run_history"]
+        assert LAUNCH["theme"]._stylesheets == [] and not LAUNCH["share"] and not LAUNCH["run_history"]
 
 
-class TestTheProgram:
+class TestTheCommand:
     @pytest.mark.parametrize(
         ("arguments", "problem"),
         [
-            (["--models_dir", "{tmp}"], "holds no saved model: make one with `make quickstart`"),
-            (["--model_name_or_path", "{tmp}/missing"], "is no folder of a saved HPool-ViT"),
-            (["--model_name_or_path", "{folder}", "--examples_dir", "{tmp}/missing"], "is no folder"),
+            (["--models_dir", "{tmp}"], "--models_dir {tmp} holds no saved model: make one with"),
+            (["{tmp}/missing"], "`{tmp}/missing` is not the folder of a saved HPool-ViT"),
+            (["{folder}", "--examples_dir", "{tmp}/missing"], "--examples_dir {tmp}/missing is not a folder"),
         ],
     )
-    def test_what_is_wrong_is_one_line(self, arguments, problem, folder, tmp_path, monkeypatch):
+    def test_wrong_input_is_reported_in_one_line(self, arguments, problem, folder, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", PIL.Image.MAX_IMAGE_PIXELS)
-        with pytest.raises(SystemExit, match=problem) as error:
-            app.main([argument.format(tmp=tmp_path, folder=folder) for argument in arguments])
-        assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+        monkeypatch.setattr(command, "quiet", lambda: None)
+        with pytest.raises(SystemExit) as stopped:
+            command.main(["demo", *(argument.format(tmp=tmp_path, folder=folder) for argument in arguments)])
+        [line] = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 1 and line.startswith(f"error: {problem.format(tmp=tmp_path)}")
+
+    def test_a_missing_gradio_is_reported_with_the_line_that_installs_it(self, folder, monkeypatch):
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        monkeypatch.delitem(sys.modules, "hpool_vit.toolkit.demo.page")
+        with pytest.raises(ImportError, match=r'gradio is missing.* pip install "hpool-vit\[demo\]"$'):
+            serve([folder])

@@ -1,4 +1,4 @@
-"""The demo page as a process of its own, and a browser that looks at it."""
+"""The demo page in its own process, and a browser that opens it."""
 
 import os
 import re
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOOLKIT, tiny_model
+from helpers import tiny_model
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
 from hpool_vit.toolkit.data.digits import load_digits_dataset
 
 
-# Not what the page needs, but what a busy machine may make of it.
+# Much more than the page needs: the machine may be busy.
 TIMEOUT = 60_000
 CHROMIUM = "/usr/bin/chromium"
 CHOICES = [[1], [1, 3], [1, 2, 3]]
@@ -27,7 +27,7 @@ NUM_STEPS = 300
 
 
 def train_on_digits(model: HPoolViTForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor):
-    """A few epochs with a random schedule in each step: enough to be right about most digits."""
+    """A few epochs with the schedules in turn: enough to recognize most digits."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=NUM_STEPS)
     model.train()
@@ -49,7 +49,7 @@ def digits():
 
 @pytest.fixture(scope="session")
 def digits_folder(digits, tmp_path_factory) -> Path:
-    """A small model of handwritten digits that knows three schedules."""
+    """A small model of handwritten digits with three schedules."""
     names = digits["train"].features["label"].names
     model = tiny_model(
         hidden_size=64,
@@ -75,7 +75,7 @@ def digits_folder(digits, tmp_path_factory) -> Path:
 
 @dataclass
 class App:
-    """A running page: its address, and the file that holds what its process wrote."""
+    """A running page: its address, and the file with the output of its process."""
 
     url: str
     log: Path
@@ -91,8 +91,8 @@ def app(digits_folder, saved_folder, tmp_path_factory) -> App:
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("app")
     log = folder / "log"
-    command = [sys.executable, Path(__file__).with_name("run_offline.py"), TOOLKIT / "demo/app.py"]
-    command += ["--model_name_or_path", digits_folder, saved_folder, "--server_port", str(port)]
+    command = [sys.executable, Path(__file__).with_name("run_offline.py"), "hpool_vit.toolkit.command"]
+    command += ["demo", digits_folder, saved_folder, "--server_port", str(port)]
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads"), "PYTHONUNBUFFERED": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -121,7 +121,7 @@ def browser() -> Browser:
 
 @pytest.fixture
 def page(app, browser) -> Page:
-    """The open page. After the test: nothing was asked of another machine, and nothing went wrong unseen."""
+    """The open page. After the test, checks that it asked no other machine for anything and logged no error."""
     page = browser.new_page(viewport={"width": 1240, "height": 1000})
     page.set_default_timeout(TIMEOUT)
     expect.set_options(timeout=TIMEOUT)

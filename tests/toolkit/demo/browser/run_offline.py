@@ -1,4 +1,4 @@
-"""`run_offline.py PROGRAM ARGS`: runs a program that can reach no other machine; what it tried stands on stderr."""
+"""`run_offline.py MODULE ARGS`: runs a module that cannot reach other machines, and reports what it tries on stderr."""
 
 import os
 import runpy
@@ -13,7 +13,7 @@ def refuse(event: str, args: tuple):
     if event == "socket.getaddrinfo":
         host = args[0]
     elif event in ("socket.connect", "socket.sendto"):
-        host = args[1][0] if isinstance(args[1], tuple) else None  # a path: of this machine
+        host = args[1][0] if isinstance(args[1], tuple) else None  # a path, which is on this machine
     else:
         return
     host = host.decode() if isinstance(host, bytes) else host
@@ -23,8 +23,7 @@ def refuse(event: str, args: tuple):
 
 
 sys.addaudithook(refuse)
-# A shell that runs the tests in the background has its programs ignore Ctrl+C.
+# Programs ignore Ctrl+C if a shell runs the tests in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = sys.argv[1:]
-sys.path[0] = os.path.dirname(sys.argv[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

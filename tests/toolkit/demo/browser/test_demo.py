@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from helpers import TOOLKIT, run_python
+from helpers import TOOLKIT, run_command
 from image_files import BAD_FILES, encoded, picture
 from playwright.sync_api import expect
 from transformers import pipeline
@@ -36,12 +36,12 @@ def upload(page, *files):
 
 
 def clear(page):
-    """Takes the files away: what is uploaded next would be added to them."""
+    """Removes the files, to which the next upload would be added."""
     page.locator("#upload").get_by_label("Clear").click()
 
 
 def wait_for_caption(page, caption):
-    """Until the gallery shows this answer, whatever it showed before."""
+    """Waits until the gallery shows this answer."""
     expect(page.locator("#images .caption-label").first).to_have_text(caption)
 
 
@@ -52,7 +52,7 @@ def classes(page) -> dict[str, int]:
 
 
 def expected_classes(classifier, file) -> dict[str, float]:
-    """The same of the pipeline; the page rounds to whole percent."""
+    """The classes and percentages of the pipeline. The page rounds to whole percent."""
     scores = {entry["label"]: 100 * entry["score"] for entry in classifier(str(file), top_k=5)}
     return pytest.approx(scores, abs=0.51)
 
@@ -76,7 +76,7 @@ def test_a_photo_gets_the_answer_of_the_pipeline_and_what_it_costs(page, classif
     assert re.fullmatch(r"[\d.]+ ms\nper image, .*", page.locator("#latency").inner_text())
     assert re.fullmatch(r"[\d,]+ / s\nimages, one by one", page.locator("#rate").inner_text())
     assert page.locator("#tokens-per-stage b").inner_text() == "64 → 31 → 15"
-    assert re.match(r"[\d.]+ M MACs\n\d+% of what", page.locator("#macs").inner_text())
+    assert re.match(r"[\d.]+ M MACs\n\d+% of the MACs", page.locator("#macs").inner_text())
     expect(page.locator("#panels img")).to_have_js_property("complete", True)
     assert page.locator("#panels img").evaluate("image => image.naturalWidth") > 600
 
@@ -152,7 +152,7 @@ def test_of_too_many_files_the_first_are_answered(page, tmp_path):
     for number, file in enumerate(files):
         file.write_bytes(encoded(picture(number)))
     upload(page, *files)
-    expect(page.locator("#messages")).to_contain_text("18 files were given: these are the first 16.")
+    expect(page.locator("#messages")).to_contain_text("You gave 18 files. These are the first 16.")
     expect(page.locator("#images .caption-label")).to_have_count(16)
 
 
@@ -184,17 +184,16 @@ def test_two_visitors_have_each_their_own_schedule(page, browser, app, classifie
 
 
 def test_no_file_of_the_machine_and_no_interface_for_programs_is_served(app, digits_folder):
-    for path in (digits_folder / "config.json", TOOLKIT / "demo/app.py", "/etc/passwd"):
+    for path in (digits_folder / "config.json", TOOLKIT / "demo" / "app.py", "/etc/passwd"):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{app.url}gradio_api/file={path}")
     with urllib.request.urlopen(f"{app.url}gradio_api/info") as answer:
         assert b'"named_endpoints":{}' in answer.read()
 
 
-def test_the_program_ends_in_one_line_when_its_port_is_taken(app, saved_folder):
+def test_the_command_ends_in_one_line_when_its_port_is_taken(app, saved_folder):
     port = re.search(r":(\d+)", app.url.removeprefix("http://"))[1]
-    arguments = ["--model_name_or_path", saved_folder, "--server_port", port]
-    result = run_python(TOOLKIT / "demo/app.py", *arguments, check=False)
+    result = run_command("demo", saved_folder, "--server_port", port, check=False)
     assert result.returncode == 1 and re.fullmatch(r"error: .*port.*\n", result.stderr)
 
 
