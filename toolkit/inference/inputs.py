@@ -1,21 +1,26 @@
-"""From names on a command line to images: files, folders and addresses are listed, and then read one by one."""
+"""Find the images that names stand for (files, folders, web addresses), and read them one by one."""
 
 import os
 import stat
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-import requests
-import urllib3
 from PIL import Image
 
+from ..shared.console import needs
 from ..shared.images import BadImageError, decode_image
 
 
+with needs("train"):
+    import requests
+    import urllib3
+
+
 MAX_BYTES = 1 << 30
-# The model sees the short side enlarged to its own size: a line of a million pixels would become an enormous image.
+# The image processor enlarges the short side to the size of the model, which makes a narrow image enormous.
 MAX_ASPECT_RATIO = 100
 USER_AGENT = {"User-Agent": "hpool-vit-predict"}
 
@@ -25,20 +30,29 @@ def is_address(name: str) -> bool:
 
 
 def read_names(stream: IO[bytes]) -> list[str]:
-    """Names, one a line, or between zero bytes as `find -print0` writes them. Names that are no UTF-8 are kept."""
+    """Names, one per line, or separated by zero bytes as `find -print0` writes them. They need not be UTF-8."""
     content = stream.read()
     separator = b"\0" if b"\0" in content else b"\n"
     return [os.fsdecode(name) for line in content.split(separator) if (name := line.rstrip(b"\r\n"))]
 
 
+def list_inputs(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The files among `names`, and notes. `-` reads more names from standard input."""
+    expanded = []
+    for name in [names] if isinstance(names, str) else map(os.fspath, names):
+        expanded += read_names(sys.stdin.buffer) if name == "-" else [name]
+    files, again = list_files(expanded)
+    return files, [f"note: {again} of the files were named again; each is classified once."] if again else []
+
+
 def list_files(names: Iterable[str]) -> tuple[list[str], int]:
     """
-    The files and addresses among `names`, and the image files in the folders among them, at any depth. Of a folder,
-    hidden files and other endings than those of images are left out; links are followed.
+    Lists files and addresses as they are, and folders by the image files in them, at any depth. Hidden files are left
+    out, links are followed.
 
     Returns:
-        Each file once, at its first place, in the order of `names`, a folder's sorted; and how many were named again.
-        A folder without images, or one that cannot be read, stands for itself, so that it is reported as a bad file.
+        The files in the order of `names`, sorted within a folder, each once at its first place; and how many were
+        named again. A folder that has no images or cannot be read stays in the list, so it is reported as a bad file.
     """
     found: dict[str, str] = {}
     again = 0
@@ -51,12 +65,13 @@ def list_files(names: Iterable[str]) -> tuple[list[str], int]:
 
 
 def list_folder(folder: str) -> list[str]:
+    """The image files in a folder, or the folder itself if it has none."""
     Image.init()
     endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
     files, unreadable, seen = [], [], set()
     for path, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(error)):
         status = os.stat(path)
-        # A link to a folder above would be followed for ever.
+        # A link to a parent folder would be followed for ever.
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
@@ -69,19 +84,19 @@ def list_folder(folder: str) -> list[str]:
 
 def read_bytes(name: str, timeout: float) -> bytes:
     """
-    The content of a file or an address.
+    Reads a file or downloads from an address.
 
     Args:
         name: a path, or an address that begins with `http://` or `https://`.
-        timeout: seconds until an address must have given all of it.
+        timeout: seconds until an address must have sent everything.
 
     Raises:
-        BadImageError: if there is none, or more than `MAX_BYTES`.
+        BadImageError: if there is nothing to read, or more than `MAX_BYTES`.
     """
     if is_address(name):
         return download(name, timeout)
     if "://" in name and not os.path.exists(name):
-        raise BadImageError("unreadable: of addresses, only http:// and https:// are read")
+        raise BadImageError("unreadable: only addresses that begin with http:// or https:// can be read")
     try:
         status = os.stat(name)
         if stat.S_ISDIR(status.st_mode):
@@ -89,7 +104,7 @@ def read_bytes(name: str, timeout: float) -> bytes:
             raise BadImageError("unreadable: a folder without images")
         # A device or a pipe may never end.
         if not stat.S_ISREG(status.st_mode):
-            raise BadImageError("unreadable: no regular file")
+            raise BadImageError("unreadable: not a regular file")
         check_size(status.st_size)
         return Path(name).read_bytes()
     except OSError as error:
@@ -103,7 +118,7 @@ def download(address: str, timeout: float) -> bytes:
         with requests.get(address, timeout=timeout, stream=True, headers=USER_AGENT) as response:
             if response.status_code != 200:
                 raise BadImageError(f"unreadable: HTTP {response.status_code} {response.reason or ''}".rstrip())
-            # What has come so far each time: a server may send a byte a second.
+            # Returns what has arrived so far, because a server may send one byte per second.
             while part := response.raw.read1(1 << 16, decode_content=True):
                 parts.append(part)
                 size += len(part)
@@ -115,25 +130,28 @@ def download(address: str, timeout: float) -> bytes:
         raise
     except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
         raise BadImageError(f"unreadable: no answer in {timeout:g} s") from error
-    # The texts of these errors are for developers.
+    # The messages of these errors are for developers.
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         raise BadImageError(f"unreadable: the address gives nothing ({type(error).__name__})") from error
     if missing:
-        raise BadImageError(f"truncated: {missing} bytes did not come")
+        raise BadImageError(f"truncated: {missing} bytes are missing")
     return b"".join(parts)
 
 
-def check_size(size: int):
+def check_size(size: int) -> None:
     if size > MAX_BYTES:
         raise BadImageError(f"too large: more than {MAX_BYTES >> 20} MiB")
 
 
 def read_image(name: str, timeout: float) -> tuple[Image.Image, str | None]:
     """
-    The image as [`image_decoding.decode_image`] gives it, upright and RGB, and its note.
+    Reads and decodes an image.
+
+    Returns:
+        The upright RGB image, and a note if it was converted.
 
     Raises:
-        BadImageError: for whatever cannot be classified, with the reason.
+        BadImageError: with the reason, if it cannot be classified.
     """
     image, note = decode_image(read_bytes(name, timeout))
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):

@@ -1,71 +1,38 @@
-"""What became of each file, as CSV, JSON lines, a table, or a sheet of small pictures (HTML or PNG)."""
+"""What the model says about each file, as CSV, JSON lines, or a table."""
 
-import base64
+import contextlib
 import csv
-import html
 import io
 import json
-import math
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from ..shared.console import one_line
 from ..shared.files import written_whole
 
 
 FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "table"}
-SHEET_ENDINGS = (".html", ".htm", ".png")
 SCORE_DIGITS = 6
-THUMBNAIL = 192
-TILE_TEXT = 54
-MAX_COLUMNS = 8
 WIDEST_NAME = 60
-
-PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 1.5em; color: #222; background: #fff; }}
-main {{ display: grid; gap: 1em; grid-template-columns: repeat(auto-fill, minmax({width}px, 1fr)); }}
-figure {{ margin: 0; border: 1px solid #ddd; border-radius: 6px; padding: 8px; overflow-wrap: anywhere; }}
-img, .none {{ display: block; width: 100%; height: {width}px; object-fit: contain; background: #f4f4f4; }}
-.none {{ display: grid; place-items: center; text-align: center; color: #a00; }}
-.file {{ color: #666; font-size: 12px; }}
-.answer {{ display: grid; grid-template-columns: 1fr auto; gap: 0 .6em; }}
-meter {{ grid-column: 1 / 3; width: 100%; height: 8px; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{summary}</p>
-<main>
-{figures}
-</main>
-</body>
-</html>
-"""
 
 
 @dataclass
 class Prediction:
     """
-    What became of one file.
+    What the model says about one file.
 
     Args:
         file: its name as it was given, or found in a folder.
-        answers: dictionaries of `label` and `score`, best first; none for a bad file.
-        reason: why it is bad; None if it is not.
+        answers: dictionaries of `label` and `score`, the best first; empty for a bad file.
+        reason: why the file is bad; None if it is not.
         note: what had to be converted.
-        thumbnail: a JPEG of at most `THUMBNAIL` pixels a side.
+        thumbnail: a small picture for the contact sheet, as a JPEG.
     """
 
     file: str
@@ -74,9 +41,14 @@ class Prediction:
     note: str | None = None
     thumbnail: bytes | None = None
 
+    def records(self) -> list[dict[str, str]]:
+        """The record of a bad or converted file for `BadImages`; empty for any other."""
+        kind, reason = ("skipped", self.reason) if self.reason else ("converted", self.note)
+        return [{"name": one_line(self.file), "kind": kind, "reason": one_line(reason)}] if reason else []
+
 
 class CsvFormat:
-    """A row per file: its name, `label` and `score`, those of the next best, and the `error` of a bad file."""
+    """One row per file: its name, the best `label` and `score`, the next best ones, and the `error` of a bad file."""
 
     def __init__(self, files: list[str], top_k: int):
         self.top_k = top_k
@@ -100,10 +72,10 @@ class CsvFormat:
 
 
 class JsonLinesFormat:
-    """An object per file: `file` with `answers`, each a `label` and a `score`, or with `error`."""
+    """One object per file: `file`, and `answers` with `label` and `score`, or the `error` of a bad file."""
 
     def __init__(self, files: list[str], top_k: int):
-        pass
+        """Nothing to prepare; the formats are made alike."""
 
     def header(self) -> str:
         return ""
@@ -117,7 +89,7 @@ class JsonLinesFormat:
 
 
 class TableFormat:
-    """Aligned lines to be read; long names lose their beginning, and control characters become spaces."""
+    """Aligned lines for reading. Long names lose their beginning, and control characters become spaces."""
 
     def __init__(self, files: list[str], top_k: int):
         self.width = min(max((len(one_line(file)) for file in files), default=0), WIDEST_NAME)
@@ -137,90 +109,18 @@ class TableFormat:
 WRITERS = {"csv": CsvFormat, "jsonl": JsonLinesFormat, "table": TableFormat}
 
 
-def make_thumbnail(image: Image.Image) -> bytes:
-    """The image as a JPEG, its long side at most `THUMBNAIL` pixels; small images stay as they are."""
-    scale = min(1, THUMBNAIL / max(image.size))
-    size = [max(1, round(side * scale)) for side in image.size]
-    file = io.BytesIO()
-    image.resize(size, reducing_gap=3).save(file, "JPEG", quality=85)
-    return file.getvalue()
-
-
-def write_contact_sheet(path: Path, predictions: list[Prediction], title: str, summary: str):
-    """Writes the sheet as one file, which loads nothing from elsewhere; HTML or PNG by its ending."""
-    with written_whole(path) as part:
-        if path.suffix.lower() == ".png":
-            draw_sheet(predictions, f"{title}: {summary}").save(part, "PNG")
-            return
-        page = PAGE.format(
-            title=html.escape(one_line(title)),
-            summary=html.escape(one_line(summary)),
-            width=THUMBNAIL,
-            figures="\n".join(map(figure, predictions)),
-        )
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")
-
-
-def figure(prediction: Prediction) -> str:
-    """The HTML of one file. Whatever is in names, labels and reasons is shown as text."""
-    name = html.escape(one_line(prediction.file))
-    if prediction.reason:
-        picture = f'<div class="none">{html.escape(one_line(prediction.reason))}</div>'
-    else:
-        source = base64.b64encode(prediction.thumbnail).decode()
-        picture = f'<img alt="{name}" src="data:image/jpeg;base64,{source}">'
-    answers = "".join(
-        f'<div class="answer"><span>{html.escape(one_line(answer["label"]))}</span><span>{answer["score"]:.1%}</span>'
-        f'<meter value="{answer["score"]:.4f}"></meter></div>'
-        for answer in prediction.answers
-    )
-    return f'<figure>{picture}<figcaption>{answers}<div class="file">{name}</div></figcaption></figure>'
-
-
-def draw_sheet(predictions: list[Prediction], title: str) -> Image.Image:
-    columns = min(MAX_COLUMNS, max(4, math.ceil(math.sqrt(len(predictions)))))
-    rows = max(1, math.ceil(len(predictions) / columns))
-    width, height, margin = THUMBNAIL + 16, THUMBNAIL + TILE_TEXT, 36
-    sheet = Image.new("RGB", (columns * width, rows * height + margin), "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 13)
-    pen.text((8, 10), shorten(title, font, sheet.width - 16), "black", font)
-    for index, prediction in enumerate(predictions):
-        row, column = divmod(index, columns)
-        draw_tile(sheet, pen, font, prediction, column * width + 8, row * height + margin)
-    return sheet
-
-
-def draw_tile(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, prediction: Prediction, x: int, y: int
-):
-    """One file: its picture, the best answer with a bar, and its name; of a bad file, the reason."""
-    pen.rectangle((x, y, x + THUMBNAIL - 1, y + THUMBNAIL - 1), fill="#f4f4f4")
-    if prediction.reason:
-        text, colour = prediction.reason, "#a00000"
-    else:
-        picture = Image.open(io.BytesIO(prediction.thumbnail))
-        scale = max(1, THUMBNAIL // max(picture.size))
-        picture = picture.resize([side * scale for side in picture.size], Image.Resampling.NEAREST)
-        sheet.paste(picture, (x + (THUMBNAIL - picture.width) // 2, y + (THUMBNAIL - picture.height) // 2))
-        best = prediction.answers[0]
-        text, colour = f"{best['score']:.1%} {best['label']}", "black"
-        length = round(THUMBNAIL * min(max(best["score"], 0), 1))
-        pen.rectangle((x, y + THUMBNAIL, x + length, y + THUMBNAIL + 3), fill="#2a78c8")
-    pen.text((x, y + THUMBNAIL + 6), shorten(text, font, THUMBNAIL), colour, font)
-    name = shorten(prediction.file, font, THUMBNAIL, keep_end=True)
-    pen.text((x, y + THUMBNAIL + 25), name, "#666666", font)
-
-
-def shorten(text: str, font: ImageFont.FreeTypeFont, width: int, keep_end: bool = False) -> str:
-    """The beginning of the text, or its end, that is at most `width` pixels wide."""
-    text = one_line(text)
-    if font.getlength(text) <= width:
-        return text
-    # As many characters as fit, found by halving.
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        part = text[-middle:] if keep_end else text[:middle]
-        low, high = (middle, high) if font.getlength(part + "…") <= width else (low, middle - 1)
-    return "…" + text[len(text) - low :] if keep_end else text[:low] + "…"
+@contextlib.contextmanager
+def open_output(path: Path | None) -> Iterator[Callable[[str], Any]]:
+    """Gives a function that writes text to standard output, or to a file that appears when it is complete."""
+    if path is None:
+        # A letter that the terminal cannot show must not stop the command.
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        # In a terminal, lines go above the progress bar.
+        yield partial(tqdm.write, end="") if sys.stdout.isatty() else sys.stdout.write
+        sys.stdout.flush()
+        return
+    # Bytes of a name that are not UTF-8 become \udc.., as JSON writes them.
+    text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with written_whole(path) as part, open(part, "w", **text) as file:
+        yield file.write

@@ -1,4 +1,4 @@
-"""`examples/predict.py`: files, folders and addresses to answers, bad ones to reasons, on one process or several."""
+"""`hpool-vit predict`: files, folders and addresses get answers, bad ones a reason, in one process or several."""
 
 import contextlib
 import csv
@@ -18,18 +18,19 @@ from pathlib import Path
 import psutil
 import pytest
 from accelerate.state import PartialState
-from helpers import TOOLKIT, run_python, tiny_model
+from helpers import run_python, tiny_model
 from image_files import BAD_FILES, CONVERTED_FILES, encoded, picture, write_folder
 from PIL import Image
 from transformers import pipeline
 
 from hpool_vit import HPoolViTImageProcessor
-from hpool_vit.toolkit.inference import inputs as prediction_inputs
-from hpool_vit.toolkit.inference import predict
+from hpool_vit.toolkit import command
+from hpool_vit.toolkit.inference import inputs, writing
+from hpool_vit.toolkit.inference.predict import predict
 
 
-PROGRAM = TOOLKIT / "inference/predict.py"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+COMMAND = "hpool_vit.toolkit.command"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", COMMAND, "predict"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +57,17 @@ def photos(tmp_path) -> Path:
 
 
 def run(model: Path, *words, **flags) -> int:
-    """The exit status of the program in this process."""
+    """The exit status of the command in this process."""
     options = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return status_of("predict", model, *words, "--disable_tqdm", *options)
+
+
+def status_of(*words) -> int:
     try:
-        return predict.main([*map(str, words), "--model_name_or_path", str(model), "--disable_tqdm", *options])
+        command.main(list(map(str, words)))
     except SystemExit as stop:
         return stop.code
+    return 0
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -104,8 +110,7 @@ def give(monkeypatch, content: bytes):
 def test_names_come_from_standard_input_too_and_a_bar_goes_to_standard_error(model, photos, monkeypatch, capsys):
     monkeypatch.chdir(photos.parent)
     give(monkeypatch, b"photos/ant/1.png\n\nphotos/bee\r\n")
-    words = ["-", "--top_k", "1", "photos/cat/0.png", "--format", "csv", "--model_name_or_path", str(model)]
-    assert predict.main(words) == 0
+    assert status_of("predict", model, "-", "--top_k", 1, "photos/cat/0.png", "--format", "csv") == 0
     printed = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(printed.out)))
     names = ["ant/1", "bee/0", "bee/1", "bee/2", "cat/0"]
@@ -116,7 +121,7 @@ def test_names_come_from_standard_input_too_and_a_bar_goes_to_standard_error(mod
 
 def test_names_between_zero_bytes_may_hold_line_ends():
     content = b"one\nname.png\0second.png\0"
-    assert prediction_inputs.read_names(io.BytesIO(content)) == ["one\nname.png", "second.png"]
+    assert inputs.read_names(io.BytesIO(content)) == ["one\nname.png", "second.png"]
 
 
 def test_a_csv_row_has_the_answers_side_by_side_or_the_error(model, photos, tmp_path):
@@ -157,9 +162,9 @@ def test_bad_files_are_named_with_the_reason_and_counted(model, photos, tmp_path
     expected = {name: reason for name, (_, reason) in BAD_FILES.items()} | {
         "thin.png": "too narrow: 2 × 500 pixels",
         "empty": "a folder without images",
-        "pipe.png": "no regular file",
+        "pipe.png": "not a regular file",
         "lost.png": "No such file",
-        "a.png": "only http:// and https://",
+        "a.png": "only addresses that begin with http:// or https://",
     }
     assert {name for name, error in errors.items() if error} == expected.keys()
     assert all(reason in errors[name] for name, reason in expected.items())
@@ -173,7 +178,7 @@ def test_a_name_given_twice_is_classified_once(model, photos, tmp_path, capsys, 
     assert run(model, "photos/bee/0.png", "./photos/../photos/bee/0.png", photos, output="answers.jsonl") == 0
     files = [line["file"] for line in read_lines(Path("answers.jsonl"))]
     assert len(files) == 9 and files[0] == "photos/bee/0.png"
-    assert "classified once: 2 of the files" in capsys.readouterr().err
+    assert "2 of the files were named again" in capsys.readouterr().err
 
 
 def test_of_a_folder_only_visible_images_are_taken_and_links_are_followed_once(photos, tmp_path):
@@ -185,7 +190,7 @@ def test_of_a_folder_only_visible_images_are_taken_and_links_are_followed_once(p
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "SHOUTED.PNG").write_bytes(b"x")
     (photos / "linked").symlink_to(tmp_path / "elsewhere")
-    files, again = prediction_inputs.list_files([str(photos)])
+    files, again = inputs.list_files([str(photos)])
     names = [f"{label}/{number}.png" for label in ("ant", "bee", "cat") for number in range(3)]
     assert files == [f"{photos}/{name}" for name in [*names, "linked/SHOUTED.PNG"]] and again == 0
 
@@ -197,6 +202,20 @@ def test_a_name_that_is_no_utf8_is_kept_in_json(model, photos, tmp_path):
     assert run(model, os.fsdecode(name), output=tmp_path / "answers.jsonl", contact_sheet=tmp_path / "s.html") == 0
     (line,) = read_lines(tmp_path / "answers.jsonl")
     assert os.fsencode(line["file"]) == name
+
+
+def test_a_program_gets_the_predictions_while_it_iterates(model, photos):
+    (photos / "text.png").write_bytes(b"no picture")
+    predictions = predict(str(model), [photos / "ant", photos / "text.png"], top_k=2, num_thumbnails=1)
+    assert len(predictions) == 4 and predictions.num_answers == 2 and predictions.notes == []
+    *sound, bad = predictions
+    assert [prediction.file for prediction in [*sound, bad]] == predictions.files
+    assert all(len(prediction.answers) == 2 and prediction.thumbnail for prediction in sound)
+    assert bad.answers == [] and bad.reason == "unreadable: not an image that Pillow knows"
+    with pytest.raises(ValueError, match="`top_k=0` must be at least 1"):
+        predict(str(model), [photos], top_k=0)
+    with pytest.raises(ValueError, match=r"photos has no config\.json"):
+        predict(str(photos), [photos])
 
 
 # Addresses.
@@ -267,9 +286,9 @@ def test_addresses_are_fetched_and_those_that_fail_are_bad_files(server, model, 
 
 
 def test_an_address_that_gives_too_much_is_left(server, monkeypatch):
-    monkeypatch.setattr(prediction_inputs, "MAX_BYTES", 100)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="too large"):
-        prediction_inputs.read_image(f"{server.address}/sound.png", timeout=5)
+        inputs.read_image(f"{server.address}/sound.png", timeout=5)
 
 
 # Contact sheets.
@@ -335,20 +354,18 @@ def test_nothing_to_classify_is_exit_status_1(model, monkeypatch, capsys):
     "flags, message",
     [
         ({"top_k": 0}, "--top_k 0 must be at least 1"),
-        ({"batch_size": "many"}, "--batch_size: invalid int value: 'many'"),
+        ({"batch_size": "many"}, "'--batch_size': Input should be a valid integer"),
         ({"timeout": "nan"}, "--timeout nan must be more than 0"),
         ({"output": "answers.xlsx"}, "--output answers.xlsx ends in none of .csv, .jsonl"),
-        ({"output": "no/such/answers.csv"}, "make it first"),
-        ({"output": "/dev/null", "format": "csv"}, "is no file that can be replaced"),
+        ({"output": "no/such/answers.csv"}, "create it first"),
+        ({"output": "/dev/null", "format": "csv"}, "is not a file that can be replaced"),
         ({"contact_sheet": "sheet.pdf"}, "must end in .html, .htm, .png"),
         ({"output": "a.html", "format": "csv", "contact_sheet": "a.html"}, "give two names"),
-        ({"contact_sheet": "photos/ant/0.png"}, "is to be classified and to be written"),
+        ({"contact_sheet": "photos/ant/0.png"}, "would be overwritten"),
         ({"device": "abacus"}, "--device abacus cannot be used"),
         ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
         ({"hvt_pool": "1,99"}, "hvt_pool"),
         ({"hvt_pool": "often"}, "hvt_pool"),
-        ({"model_name_or_path": "no/such/folder"}, "there is no such folder"),
-        ({"model_name_or_path": "photos"}, "has no config.json"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_status_2(flags, message, model, photos, capsys, monkeypatch):
@@ -357,6 +374,20 @@ def test_a_wrong_flag_is_one_line_and_exit_status_2(flags, message, model, photo
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
     assert printed.out == "" and os.listdir() == ["photos"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("no/such/folder", "error: no/such/folder is neither a folder here nor an id on the Hub."),
+        ("photos", "error: photos has no config.json"),
+    ],
+)
+def test_a_name_without_a_model_is_one_line_and_exit_status_2(name, message, photos, capsys, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    assert run(Path(name), "photos") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(message) and printed.count("\n") == 1
 
 
 def damage(folder: Path, how: str):
@@ -399,7 +430,7 @@ def test_another_schedule_gives_other_answers_and_a_note_if_it_was_not_trained(m
     outputs = [tmp_path / "usual.csv", tmp_path / "other.csv", tmp_path / "same.csv"]
     for output, flags in zip(outputs, ({}, {"hvt_pool": "1"}, {"hvt_pool": "1,3"}), strict=True):
         assert run(model, photos, output=output, **flags) == 0
-        assert ("has no stages for hvt_pool=[1]" in capsys.readouterr().err) == (output == outputs[1])
+        assert ("was not trained for hvt_pool=[1]" in capsys.readouterr().err) == (output == outputs[1])
     usual, other, same = (output.read_text() for output in outputs)
     assert usual == same != other
 
@@ -411,7 +442,7 @@ def test_a_run_that_breaks_off_leaves_the_earlier_result_as_it_was(model, photos
     def break_off(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(predict, "write_sheet", break_off)
+    monkeypatch.setattr(writing, "write_sheet", break_off)
     assert run(model, photos, output=output, contact_sheet=tmp_path / "sheet.html") == 1
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
     assert output.read_text() == "earlier" and sorted(os.listdir(tmp_path)) == ["answers.csv", "photos"]
@@ -423,10 +454,10 @@ def test_a_run_that_breaks_off_leaves_the_earlier_result_as_it_was(model, photos
 def test_two_processes_share_the_files_and_write_one_result(model, tmp_path):
     photos = write_folder(tmp_path / "photos", per_class=12)
     (photos / "cat" / "zz.png").write_bytes(b"the last file of the second process")
-    flags = ["--model_name_or_path", model, "--batch_size", "1", "--top_k", "2"]
+    flags = ["--batch_size", "1", "--top_k", "2"]
     outputs = [tmp_path / "two.csv", tmp_path / "one.csv"]
     # Only one of them can read what the launcher was given.
-    result = run_python(*TORCHRUN, PROGRAM, "-", *flags, "--output", outputs[0], check=False, input=f"{photos}\n")
+    result = run_python(*TORCHRUN, model, "-", *flags, "--output", outputs[0], check=False, input=f"{photos}\n")
     assert result.returncode == 1 and "classifying: 100%" in result.stderr, result.stderr
     assert "36 of 37 files classified" in result.stderr and "zz.png: unreadable" in result.stderr
     assert result.stderr.count("images skipped") + result.stderr.count("image skipped") == 1
@@ -442,11 +473,11 @@ def test_two_processes_share_the_files_and_write_one_result(model, tmp_path):
 def test_when_a_process_is_killed_no_result_looks_complete(server, model, photos, tmp_path):
     # The second process has this file, and waits for it.
     names = [photos, f"{server.address}/wait.png"]
-    flags = ["--model_name_or_path", model, "--output", tmp_path / "answers.csv", "--timeout", "60"]
-    words = [sys.executable, *TORCHRUN, PROGRAM, *names, *flags]
+    flags = ["--output", tmp_path / "answers.csv", "--timeout", "60"]
+    words = [sys.executable, *TORCHRUN, model, *names, *flags]
     launcher = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert server.asked.wait(120)
-    workers = [child for child in psutil.Process(launcher.pid).children() if str(PROGRAM) in child.cmdline()]
+    workers = [child for child in psutil.Process(launcher.pid).children() if COMMAND in child.cmdline()]
     (second,) = [worker for worker in workers if worker.environ()["RANK"] == "1"]
     second.send_signal(signal.SIGKILL)
     printed, _ = launcher.communicate(timeout=120)
