@@ -30,6 +30,8 @@ COMMANDS = {
     "demo": ("demo.app", "Try models on a page in your browser, or write the page as a Space."),
 }
 
+TYPER_SETTINGS = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "markdown"}
+
 # Typer does not export the base class of its complaints about the command line.
 UsageError = typer.BadParameter.__base__
 
@@ -51,17 +53,29 @@ class LazyGroup(TyperGroup):
         return name, load_command(name), rest
 
 
+class PlainUsageCommand(TyperCommand):
+    """Writes `MODEL` in the usage line, where Typer writes `{MODEL}`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+
 def load_command(name: str) -> Any:
     """The sub-command `name`. Its flags are spelled like the arguments of its function: `--output_dir`."""
     module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(name, **getattr(module, "COMMAND_SETTINGS", {}))(module.command)
+    app = typer.Typer(**TYPER_SETTINGS)
+    app.command(name, **{"cls": PlainUsageCommand, **getattr(module, "COMMAND_SETTINGS", {})})(module.command)
     command = typer.main.get_command(app)
     for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            parameter.metavar = (parameter.metavar or parameter.name).strip("[].").upper()
+            continue
         parameter.opts = [_with_underscores(flag) for flag in parameter.opts]
         # `--no_…` only where it changes something.
         negative = parameter.secondary_opts if parameter.default is True else []
         parameter.secondary_opts = [_with_underscores(flag) for flag in negative]
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""  # a flag takes no value
     return command
 
 
@@ -71,8 +85,7 @@ def _with_underscores(flag: str) -> str:
 
 app = typer.Typer(
     cls=LazyGroup,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    **TYPER_SETTINGS,
     help="Make a Vision Transformer faster by pooling its tokens. `hpool-vit COMMAND --help` explains a command.",
 )
 
@@ -86,7 +99,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", metavar="", help="Show the version and exit.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     pass
@@ -132,7 +148,7 @@ def known_names(words: list[str]) -> dict[str, str]:
     names = {name: f"--{name}" for name in getattr(module, "COMMAND_FLAGS", ())}
     for parameter in command.params:
         flags = [flag for flag in parameter.opts if flag.startswith("--")]
-        names[parameter.name] = flags[0] if flags else (parameter.metavar or parameter.name).strip("[].").upper()
+        names[parameter.name] = flags[0] if flags else parameter.metavar
     return names
 
 

@@ -122,8 +122,8 @@ def command(
     A file that is named twice is classified once. Files that cannot be used (missing, truncated, animated, enormous,
     not an image, …) are in the result with the reason and are listed at the end. They do not stop the others.
 
-    Under torchrun or accelerate launch the processes share the files, and the first one writes the result in the order
-    of the names: torchrun --nproc_per_node 8 -m hpool_vit.toolkit.command predict MODEL IMAGES…
+    Under `torchrun` or `accelerate launch` the processes share the files, and the first one writes the result in the
+    order of the names: `torchrun --nproc_per_node 8 -m hpool_vit.toolkit.command predict MODEL IMAGES…`
 
     The exit status is 0 if every file was classified; 1 if not, or if there was none; 2 if the command did not start
     because of its flags or the model. The result appears when it is complete.
