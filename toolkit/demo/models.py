@@ -60,7 +60,7 @@ class ServedModel:
 
     def __init__(self, folder: Path):
         if read_model_type(folder) != HPoolViTConfig.model_type:
-            raise SavedModelError(f"`{folder}` is not the folder of a saved HPool-ViT.")
+            raise SavedModelError(f"{folder} is not the folder of a saved HPool-ViT.")
         model, self.image_processor, _ = load_saved_classifier(str(folder))
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.labels = distinct_labels(model.config)

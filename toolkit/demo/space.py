@@ -61,5 +61,5 @@ def copy_files(files: Iterable[Path], folder: Path):
     for file in files:
         target = folder / file.name
         if target.exists():
-            raise ValueError(f"`{file}` and another file would both become {target.name}: rename one of them.")
+            raise ValueError(f"{file} and another file would both become {target.name}: rename one of them.")
         shutil.copy(file, target)

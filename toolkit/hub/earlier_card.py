@@ -59,7 +59,7 @@ def read_card(folder: Path) -> EarlierCard:
     try:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"`{path}` cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}") from error
     sections = {title: text for title, text in split_sections(card.text).items() if title not in REWRITTEN}
     if sections.get("About", "").startswith(DESCRIPTION):
         del sections["About"]
@@ -127,7 +127,7 @@ def read_records(folder: Path) -> dict[str, Any]:
         try:
             record = yaml.safe_load((folder / "training.yaml").read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"`{folder / 'training.yaml'}` is not valid YAML: {error}") from error
+            raise ValueError(f"{folder / 'training.yaml'} is not valid YAML: {error}") from error
         facts["recipe"] = scrub(record)
         data = record.get("data") or {}
         name = data.get("dataset_name") or data.get("train_dir") or ", ".join(data.get("train_files") or [])

@@ -96,7 +96,7 @@ def command(
         raise ValueError("There is no token for the Hub: run `hf auth login`, set HF_TOKEN, or use `dry_run`.")
     if dry_run and output_dir is None:
         output_dir = Path("outputs", "hub", repo_id.rpartition("/")[2])
-    with needs("train"), tempfile.TemporaryDirectory() as scratch:
+    with needs("predict"), tempfile.TemporaryDirectory() as scratch:
         from .repository import prepare_repository
 
         folder = output_dir or Path(scratch) / "repository"

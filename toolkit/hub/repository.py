@@ -66,7 +66,7 @@ def prepare_repository(
     earlier = read_earlier_card(folder)
     classifier, image_processor, _ = load_saved_classifier(str(folder))
     if not isinstance(classifier, HPoolViTForImageClassification):
-        raise ValueError(f"`model={folder}` holds a {type(classifier).__name__}, not an HPool-ViT.")
+        raise ValueError(f"{folder} holds a {type(classifier).__name__}, not an HPool-ViT.")
     with folder_written_whole(output_dir) as complete:
         # Saving again instead of copying leaves everything else behind and writes the code of this version.
         classifier.save_pretrained(complete)
@@ -110,7 +110,7 @@ def check_license(license: str | None):
 
 def check_folder(folder: Path):
     if not folder.is_dir():
-        raise ValueError(f"`model={folder}` is not a folder: give the one in which the model was saved.")
+        raise ValueError(f"{folder} is not a folder: give the one in which the model was saved.")
     names = {path.name for path in folder.iterdir() if path.is_file()}
     for what, patterns in {
         "configuration (config.json)": r"config\.json",
@@ -119,7 +119,7 @@ def check_folder(folder: Path):
     }.items():
         if not any(re.fullmatch(patterns, name) for name in names):
             raise ValueError(
-                f"`model={folder}` has no {what}: save the model and its image processor there with `save_pretrained`."
+                f"{folder} has no {what}: save the model and its image processor there with `save_pretrained`."
             )
 
 
@@ -208,5 +208,5 @@ def check_private(repository: Path, source: Path):
             if re.search(re.escape(place) + r"(?![\w-])", text):
                 raise ValueError(
                     f"{file.relative_to(repository)} would name the local folder {place}: remove it from the "
-                    f"configuration or the card in `{source}`."
+                    f"configuration or the card in {source}."
                 )

@@ -205,6 +205,10 @@ class TestTheFiles:
         files = [file for file, _ in find_examples(["ant"], tmp_path / "photos", tmp_path)]
         assert len(files) == MAX_EXAMPLES and {file.split("/")[-2] for file in files} == {"ant", "bee", "cat"}
 
+    def test_a_page_without_the_packages_of_the_digits_has_no_examples(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        assert find_examples([str(digit) for digit in range(10)], None, tmp_path) == []
+
     @pytest.mark.parametrize(("name", "problem"), [("missing", "is not a folder"), ("empty", "holds no images")])
     def test_a_folder_without_examples_is_refused(self, name, problem, tmp_path):
         (tmp_path / "empty").mkdir()
@@ -255,7 +259,7 @@ class TestTheCommand:
         ("arguments", "problem"),
         [
             (["--models_dir", "{tmp}"], "--models_dir {tmp} holds no saved model: make one with"),
-            (["{tmp}/missing"], "`{tmp}/missing` is not the folder of a saved HPool-ViT"),
+            (["{tmp}/missing"], "{tmp}/missing is not the folder of a saved HPool-ViT"),
             (["{folder}", "--examples_dir", "{tmp}/missing"], "--examples_dir {tmp}/missing is not a folder"),
         ],
     )

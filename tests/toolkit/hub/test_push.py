@@ -279,7 +279,7 @@ def spoil(folder: Path, how: str):
         ("no classifier", "has no weights for classifier.bias and 1 more"),
         ("a ViT", "holds a ViTForImageClassification, not an HPool-ViT"),
         ("a path in the configuration", "config.json would name the local folder"),
-        ("a broken record", "training.yaml` is not valid YAML"),
+        ("a broken record", "training.yaml is not valid YAML"),
     ],
 )
 def test_a_folder_that_cannot_be_shared_is_refused_and_nothing_is_left(how, message, trained, capsys):
@@ -301,7 +301,7 @@ def test_a_name_that_the_hub_would_not_take_is_refused(repo_id, trained, capsys)
     [
         (["--license", "Apache 2.0"], "--license Apache 2.0 is not an identifier"),
         (["--examples", "lost.png"], "--examples lost.png cannot be used: unreadable: No such file"),
-        (["--results", "setup.py"], "`setup.py`"),
+        (["--results", "setup.py"], "setup.py"),
         (["--results", "lost.json"], "lost.json"),
         (["--output_dir", "tests"], "tests exists and is not empty"),
     ],
@@ -313,7 +313,7 @@ def test_wrong_flags_are_refused_by_name(words, message, trained, monkeypatch, c
 
 def test_a_model_that_is_not_a_folder_is_refused(tmp_path, capsys):
     assert "bees/insects is not a folder" in error_of(lambda: prepare(Path("bees/insects")), capsys)
-    with pytest.raises(ValueError, match="`model=bees/insects` is not a folder"):
+    with pytest.raises(ValueError, match=r"^bees/insects is not a folder"):
         prepare_repository("bees/insects", "bees/insects", tmp_path / "repository")
 
 

@@ -1,4 +1,4 @@
-"""`run_offline.py MODULE ARGS`: runs a module that cannot reach other machines, and reports what it tries on stderr."""
+"""`run_offline.py MODULE ARGS`: runs a module that cannot reach other machines, and reports each try on stderr."""
 
 import os
 import runpy

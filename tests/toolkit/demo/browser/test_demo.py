@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import TOOLKIT, run_command
 from image_files import BAD_FILES, encoded, picture
+from PIL import Image
 from playwright.sync_api import expect
 from transformers import pipeline
 
@@ -206,4 +207,7 @@ def test_the_page_as_a_picture(page, tmp_path):
     page.mouse.move(0, 0)
     expect(page.locator("#panels img")).to_have_js_property("complete", True)
     page.screenshot(path=file, full_page=True, animations="disabled")
-    assert file.stat().st_size > 50_000
+    screenshot = Image.open(file).convert("RGB")
+    left, top, width, height = page.locator("#panels img").bounding_box().values()
+    panels = screenshot.crop((left, top, left + width, top + height))
+    assert screenshot.width == 1240 and len(panels.getcolors(panels.width * panels.height)) > 100
