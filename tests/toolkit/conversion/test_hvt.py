@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's training code become HPool-ViT folders that answer as the paper's implementation."""
+"""Checkpoints of the paper's training code become HPool-ViTs that answer as the paper's implementation does."""
 
 import argparse
 import json
@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOOLKIT, run_python
+from helpers import TESTS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hpool_vit.toolkit.conversion.checkpoint import ConversionError, write_folder
-from hpool_vit.toolkit.conversion.hvt import convert_hvt, main
+from hpool_vit.toolkit.conversion.checkpoint import ConversionError
+from hpool_vit.toolkit.conversion.hvt import convert_hvt
 
 
 SIZE_DEFINING = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-REFERENCE = Path(__file__).parent / "data" / "hvt_tiny_reference.safetensors"
+REFERENCE = TESTS / "data" / "hvt_tiny_reference.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def test_a_bare_state_dict_says_enough(tmp_path, weights, reference, name):
     assert "2 attention heads" in str(report)
 
 
-def test_the_prefix_of_data_parallel_training_is_taken_off(tmp_path, weights, reference):
+def test_the_prefix_of_data_parallel_training_is_removed(tmp_path, weights, reference):
     wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
     model, _ = convert_hvt(save(tmp_path / "wrapped.pth", {"model": wrapped}))
     assert_answers_as_the_reference(model, reference)
@@ -111,13 +110,13 @@ def test_a_model_without_a_head_becomes_one_without_labels(tmp_path, checkpoint,
     torch.testing.assert_close(logits, reference["pooled"], rtol=0, atol=1e-5)
 
 
-def test_a_model_without_pooling_is_one(tmp_path, weights):
+def test_a_checkpoint_without_stages_becomes_a_model_without_pooling(tmp_path, weights):
     unpooled = {name: tensor for name, tensor in weights.items() if not name.endswith("pos_embed") or name[0] == "p"}
     model, _ = convert_hvt(save(tmp_path / "unpooled.pth", unpooled))
     assert model.config.hvt_pool is None
 
 
-def test_an_ambiguous_window_is_the_papers_and_said(tmp_path, weights):
+def test_of_several_windows_the_papers_is_taken_and_reported(tmp_path, weights):
     del weights["blocks.2.pos_embed"]
     path = save(tmp_path / "one_pool.pth", weights)
     model, report = convert_hvt(path)
@@ -138,52 +137,26 @@ def test_the_number_of_heads_can_be_told(tmp_path, weights):
     assert report.notes == []
 
 
-def test_the_folder_loads_in_a_process_that_does_not_know_the_package(tmp_path, checkpoint, reference):
-    path, folder = save(tmp_path / "best_checkpoint.pth", checkpoint), tmp_path / "models" / "hvt-tiny"
-    labels = tmp_path / "labels.txt"
-    labels.write_text("\n".join(f"class {index}" for index in range(10)))
-    arguments = ["--checkpoint_path", path, "--output_dir", folder, "--labels", labels]
-    printed = run_python(TOOLKIT / "conversion/hvt.py", *arguments).stdout
-    assert "tokens" in printed
-
-    save_file({"pixel_values": reference["pixel_values"]}, tmp_path / "batch.safetensors")
-    program = tmp_path / "use.py"
-    program.write_text(
-        "import sys, torch\n"
-        "from safetensors.torch import load_file, save_file\n"
-        "from transformers import AutoModelForImageClassification\n"
-        "model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "with torch.no_grad():\n"
-        "    logits = model(**load_file(sys.argv[2])).logits\n"
-        "save_file({'logits': logits}, sys.argv[3])\n"
-        "print(model.config.id2label[9])\n"
-    )
-    answer = run_python(
-        program, folder, tmp_path / "batch.safetensors", tmp_path / "out.safetensors", hide=("hpool_vit",)
-    )
-    assert answer.stdout.strip() == "class 9"
-    logits = load_file(tmp_path / "out.safetensors")["logits"]
-    torch.testing.assert_close(logits, reference["logits"], rtol=0, atol=1e-5)
-
-    assert AutoImageProcessor.from_pretrained(folder).crop_size == {"height": 64, "width": 64}
-    assert AutoModelForImageClassification.from_pretrained(folder).config.id2label[0] == "class 0"
+def test_the_number_of_heads_cannot_be_chosen_where_the_checkpoint_tells_it(tmp_path, checkpoint):
+    with pytest.raises(ConversionError, match="`num_attention_heads=4` cannot be chosen: the source has 2"):
+        convert_hvt(save(tmp_path / "checkpoint.pth", checkpoint), num_attention_heads=4)
 
 
 class TestRefusals:
-    """What cannot be converted is named, and leaves no folder behind."""
+    """What cannot be converted is named."""
 
     @pytest.fixture
     def refuse(self, tmp_path):
-        """Runs the converter on some content, and returns the message with which it refuses."""
+        """Converts some content and returns the message with which it is refused."""
 
-        def run(content, name="checkpoint.pth", *arguments) -> str:
+        def run(content, name="checkpoint.pth") -> str:
             path = tmp_path / name
             if isinstance(content, bytes):
                 path.write_bytes(content)
             else:
                 save(path, content)
             with pytest.raises(ConversionError) as error:
-                main(["--checkpoint_path", str(path), "--output_dir", str(tmp_path / "out" / "model"), *arguments])
+                convert_hvt(path)
             assert sorted(file.name for file in tmp_path.iterdir()) == [name]
             return str(error.value)
 
@@ -217,7 +190,7 @@ class TestRefusals:
 
     def test_pooling_after_the_last_block(self, refuse, weights):
         weights["blocks.3.pos_embed"] = torch.zeros(1, 7, 128)
-        assert "`blocks.3.pos_embed` is of a pooling after the last block" in refuse(weights)
+        assert "`blocks.3.pos_embed` belongs to a pooling after the last block" in refuse(weights)
 
     def test_lengths_that_no_pooling_gives(self, refuse, weights):
         weights["blocks.0.pos_embed"] = torch.zeros(1, 30, 128)
@@ -230,13 +203,13 @@ class TestRefusals:
     def test_a_width_whose_heads_are_unknown(self, refuse):
         odd = {"patch_embed.proj.weight": torch.zeros(96, 3, 8, 8), "pos_embed": torch.zeros(1, 64, 96)}
         odd |= {"blocks.0.mlp.fc1.weight": torch.zeros(192, 96)}
-        assert "--num_attention_heads" in refuse(odd)
+        assert "pass `num_attention_heads`" in refuse(odd)
 
     @pytest.mark.parametrize(
         ("content", "expected"),
         [
             ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "`patch_embed.proj.weight` is missing"),
-            ({"cls_token": torch.zeros(1, 1, 64)}, "convert_vit_checkpoint.py"),
+            ({"cls_token": torch.zeros(1, 1, 64)}, "belongs to a plain ViT, which `convert_vit` takes"),
             ({}, "no state dict"),
             ({"epoch": 3}, "no state dict"),
             ({"model": {"epoch": 3}}, "no state dict"),
@@ -280,46 +253,5 @@ class TestRefusals:
         assert not (tmp_path / "executed").exists()
 
     def test_a_missing_file(self, tmp_path):
-        with pytest.raises(ConversionError, match="is no file"):
+        with pytest.raises(ConversionError, match="is not a file"):
             convert_hvt(tmp_path / "nothing.pth")
-
-    @pytest.mark.parametrize("labels", ["one\ntwo", "a\n" * 10, "a\n\nb"], ids=["few", "twice", "empty line"])
-    def test_labels_that_do_not_fit(self, tmp_path, checkpoint, labels):
-        path = save(tmp_path / "checkpoint.pth", checkpoint)
-        (tmp_path / "labels.txt").write_text(labels)
-        arguments = ["--checkpoint_path", str(path), "--output_dir", str(tmp_path / "out")]
-        with pytest.raises(ConversionError, match="class"):
-            main([*arguments, "--labels", str(tmp_path / "labels.txt")])
-        assert not (tmp_path / "out").exists()
-
-    def test_a_folder_with_something_in_it_stays_as_it_is(self, tmp_path, checkpoint):
-        path = save(tmp_path / "checkpoint.pth", checkpoint)
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.tex").write_text("x")
-        with pytest.raises(ValueError, match="not empty"):
-            main(["--checkpoint_path", str(path), "--output_dir", str(tmp_path / "out")])
-        assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.tex"]
-
-    def test_the_command_line_ends_in_one_line_and_an_exit_code(self, tmp_path):
-        arguments = ["--checkpoint_path", tmp_path / "nothing.pth", "--output_dir", tmp_path / "out"]
-        result = run_python(TOOLKIT / "conversion/hvt.py", *arguments, check=False)
-        assert result.returncode == 1
-        assert result.stderr.strip().splitlines()[-1].startswith("error: ")
-        assert "Traceback" not in result.stderr
-
-
-def test_a_folder_is_written_completely_or_not_at_all(tmp_path):
-    class Part:
-        def save_pretrained(self, folder):
-            Path(folder).mkdir(exist_ok=True)
-            (Path(folder) / "part").touch()
-
-    class Full:
-        def save_pretrained(self, folder):
-            raise OSError("No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_folder(tmp_path / "new" / "model", Part(), Full())
-    assert not list((tmp_path / "new").iterdir())
-    write_folder(tmp_path / "new" / "model", Part(), Part())
-    assert [path.name for path in (tmp_path / "new" / "model").iterdir()] == ["part"]

@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import TOOLKIT, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -30,8 +27,11 @@ from transformers import (
     ViTMSNForImageClassification,
 )
 
+from hpool_vit.toolkit.conversion import sources
 from hpool_vit.toolkit.conversion.checkpoint import ConversionError
-from hpool_vit.toolkit.conversion.vit import MERGE_DEFAULTS, convert_source, convert_vit, main, read_source
+from hpool_vit.toolkit.conversion.image_processor import image_processor_for
+from hpool_vit.toolkit.conversion.sources import read_source
+from hpool_vit.toolkit.conversion.vit import MERGE_DEFAULTS, convert_source, convert_vit
 
 
 TIMM = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -73,6 +73,12 @@ def convert(model: nn.Module, tmp_path: Path, **overrides):
     return convert_vit(save(model, tmp_path / "timm.pth"), num_attention_heads=2, **overrides)
 
 
+def processor_of(folder: Path, **overrides):
+    """The image processor of a model that is converted from a folder."""
+    source = read_source(folder)
+    return image_processor_for(source, convert_source(source, **overrides)[0].config)
+
+
 @torch.no_grad()
 def assert_same(ours: nn.Module, theirs: nn.Module, pixel_values: torch.Tensor):
     expected = theirs(pixel_values)
@@ -80,7 +86,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, pixel_values: torch.Tensor):
 
 
 class TestTimm:
-    @pytest.mark.parametrize("fc_norm", [True, False], ids=["norm behind the mean", "norm before the mean"])
+    @pytest.mark.parametrize("fc_norm", [True, False], ids=["norm after the mean", "norm before the mean"])
     @pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
     def test_without_class_token_and_with_average_pooling_the_logits_are_the_same(
         self, tmp_path, pixel_values, suffix, fc_norm
@@ -118,19 +124,19 @@ class TestTimm:
 
     def test_a_rectangular_source_needs_its_image_size(self, tmp_path):
         theirs = timm_model(img_size=(32, 28))
-        with pytest.raises(ConversionError, match="--image_size HEIGHT WIDTH"):
+        with pytest.raises(ConversionError, match="height and width of its images as `image_size`"):
             convert(theirs, tmp_path)
         ours, _ = convert(theirs, tmp_path, hvt_pool=None, image_size=(32, 28))
         assert_same(ours, theirs, torch.randn(2, 3, 32, 28))
 
-    def test_what_could_be_a_rectangle_or_a_square_is_said(self, tmp_path):
+    def test_the_report_says_when_the_patches_could_form_a_rectangle_or_a_square(self, tmp_path):
         theirs = timm_model(img_size=(32, 24))  # 8 × 6 patches and the class token, or 7 × 7 patches without it
-        assert "`--image_size`" in str(convert(theirs, tmp_path)[1])
+        assert "`image_size`" in str(convert(theirs, tmp_path)[1])
         ours, report = convert(theirs, tmp_path, hvt_pool=None, image_size=(32, 24))
         assert report.notes == []
         assert_same(ours, theirs, torch.randn(2, 3, 32, 24))
 
-    def test_the_distillation_token_goes(self, tmp_path, pixel_values):
+    def test_the_distillation_token_is_dropped(self, tmp_path, pixel_values):
         theirs = timm_model("deit_tiny_distilled_patch16_224")
         ours, report = convert(theirs, tmp_path, hvt_pool=None)
         assert report.dropped == ["dist_token", "head_dist.weight", "head_dist.bias"]
@@ -167,7 +173,7 @@ class TestTimm:
         assert ours.config.norm_after_pooling
         assert report.dropped == ["cls_token"]
 
-    def test_the_names_of_the_original_deit_iii_are_known(self, tmp_path, pixel_values):
+    def test_the_names_of_the_original_deit_iii_are_understood(self, tmp_path, pixel_values):
         theirs = timm_model(no_embed_class=True, init_values=0.3)
         tensors = theirs.state_dict()
         tensors = {
@@ -201,8 +207,7 @@ class TestTimm:
         ours, _ = convert_source(source, hvt_pool=None)
         assert not ours.config.use_class_token  # its file alone would look like one that reads it
         assert ours.config.num_attention_heads == 2
-        main(["--model_name_or_path", str(tmp_path / "timm"), "--output_dir", str(tmp_path / "out")])
-        processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+        processor = image_processor_for(source, ours.config)
         assert list(processor.image_mean) == [0.5, 0.4, 0.3]
         assert processor.size == {"shortest_edge": 40}
         assert processor.crop_size == {"height": 32, "width": 32}
@@ -244,7 +249,7 @@ class TestTransformers:
         assert report.dropped == dropped
 
     @pytest.mark.parametrize("model_class", [DeiTForImageClassification, DeiTForImageClassificationWithTeacher])
-    def test_of_deit_all_stays_but_the_distillation_token(self, tmp_path, pixel_values, model_class):
+    def test_deit_loses_only_its_distillation_token(self, tmp_path, pixel_values, model_class):
         theirs = randomize(model_class(DeiTConfig(**TRANSFORMERS)))
         theirs.save_pretrained(tmp_path / "source")
         ours, report = convert_vit(str(tmp_path / "source"), hvt_pool=None)
@@ -268,7 +273,7 @@ class TestTransformers:
         _, report = convert_vit(str(tmp_path / "source"))
         assert {"decoder.0.weight", "decoder.0.bias", "embeddings.mask_token"} == set(report.dropped)
 
-    def test_the_settings_stay(self, tmp_path):
+    def test_the_settings_are_kept(self, tmp_path):
         config = ViTConfig(
             **{**TRANSFORMERS, "num_labels": 2},
             layer_norm_eps=1e-3,
@@ -284,20 +289,17 @@ class TestTransformers:
         assert ours.dropout == ours.hidden_dropout_prob == ours.projection_dropout_prob == 0.1
         assert ours.attention_probs_dropout_prob == 0.2
 
-    def test_the_image_processor_prepares_as_the_sources(self, tmp_path):
+    def test_the_image_processor_prepares_images_as_the_source_does(self, tmp_path):
         ViTForImageClassification(ViTConfig(**TRANSFORMERS)).save_pretrained(tmp_path / "source")
         theirs = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         theirs.save_pretrained(tmp_path / "source")
         image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
         expected = theirs(image, return_tensors="pt")["pixel_values"]
 
-        main(["--model_name_or_path", str(tmp_path / "source"), "--output_dir", str(tmp_path / "out")])
-        ours = AutoImageProcessor.from_pretrained(tmp_path / "out")
+        ours = processor_of(tmp_path / "source")
         torch.testing.assert_close(ours(image, return_tensors="pt")["pixel_values"], expected)
 
-        arguments = ["--model_name_or_path", str(tmp_path / "source"), "--image_size", "48"]
-        main([*arguments, "--output_dir", str(tmp_path / "larger")])
-        larger = AutoImageProcessor.from_pretrained(tmp_path / "larger")
+        larger = processor_of(tmp_path / "source", image_size=48)
         assert larger.crop_size == {"height": 48, "width": 48}
         assert list(larger.image_mean) == [0.5] * 3
 
@@ -326,9 +328,11 @@ class TestPooling:
         pooling = {"hvt_pool": [1, 2], "hvt_pool_choices": [None, [2], [1, 2], [0]]}
         ours, report = convert(theirs, tmp_path, stage_positions=stage_positions, **pooling)
         assert set(ours.hpool_vit.pooling) == {"0", "1", "2"}
-        alone, _ = convert(theirs, tmp_path, hvt_pool=[2], stage_positions=stage_positions)
-        expected = alone.hpool_vit.pooling["2"].position_embeddings
-        torch.testing.assert_close(ours.hpool_vit.pooling["2"].position_embeddings, expected)
+        # A block of the model's own schedule has the positions of that one, and another block those of its own.
+        for block, schedule in (("1", [1, 2]), ("2", [1, 2]), ("0", [0])):
+            alone, _ = convert(theirs, tmp_path, hvt_pool=schedule, stage_positions=stage_positions)
+            expected = alone.hpool_vit.pooling[block].position_embeddings
+            torch.testing.assert_close(ours.hpool_vit.pooling[block].position_embeddings, expected)
         assert sum("pooling" in name for name in report.initialised) == 3
 
     def test_the_default_schedule_is_the_papers_scaled_to_the_depth(self, tmp_path):
@@ -381,13 +385,9 @@ class TestLabels:
         ours, _ = convert(theirs, tmp_path, num_labels=5)
         torch.testing.assert_close(ours.classifier.weight, theirs.head.weight)
 
-    def test_names_from_a_file_keep_the_head_that_fits(self, tmp_path):
+    def test_names_for_the_same_number_keep_the_head(self, tmp_path):
         theirs = timm_model()
-        path = save(theirs, tmp_path / "timm.safetensors")
-        (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")
-        arguments = ["--model_name_or_path", path, "--num_attention_heads", "2", "--output_dir", str(tmp_path / "out")]
-        main([*arguments, "--labels", str(tmp_path / "labels.txt")])
-        ours = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        ours, _ = convert(theirs, tmp_path, id2label=dict(enumerate("abcde")))
         assert ours.config.id2label[4] == "e"
         torch.testing.assert_close(ours.classifier.weight, theirs.head.weight)
 
@@ -405,7 +405,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("overrides", "expected"),
         [
-            ({"reg_tokens": 2}, "`reg_token` cannot be converted: it is of register tokens"),
+            ({"reg_tokens": 2}, "`reg_token` cannot be converted: it belongs to register tokens"),
             ({"qk_norm": True}, "`blocks.0.attn.q_norm.weight`"),
             ({"pre_norm": True}, "`norm_pre.weight`"),
             ({"global_pool": "map"}, "`attn_pool."),
@@ -415,7 +415,7 @@ class TestRefusals:
         ],
         ids=["registers", "qk norm", "clip", "map", "swiglu", "mlp norm", "no positions"],
     )
-    def test_a_vit_of_another_kind_is_refused_by_a_tensor_of_its(self, tmp_path, overrides, expected):
+    def test_a_vit_of_another_kind_is_refused_by_the_name_of_a_tensor(self, tmp_path, overrides, expected):
         with pytest.raises(ConversionError) as error:
             convert(timm_model(**overrides), tmp_path)
         assert expected in str(error.value)
@@ -444,22 +444,43 @@ class TestRefusals:
         with pytest.raises(ConversionError, match="cannot be read"):
             convert_vit(str(tmp_path / "source"))
 
-    def test_the_papers_own_checkpoint_has_its_own_converter(self, tmp_path):
+    def test_a_checkpoint_of_the_papers_code_is_for_convert_hvt(self, tmp_path):
         tensors = timm_model(class_token=False, global_pool="avg", fc_norm=False).state_dict()
         save_file({**tensors, "blocks.0.pos_embed": torch.zeros(1, 31, 64)}, tmp_path / "hvt.safetensors")
-        with pytest.raises(ConversionError, match=r"`blocks\.0\.pos_embed` .* convert_hvt_checkpoint\.py"):
+        with pytest.raises(ConversionError, match=r"`blocks\.0\.pos_embed` .* `convert_hvt` takes"):
             convert_vit(str(tmp_path / "hvt.safetensors"))
 
     @pytest.mark.parametrize("config", [{"model_type": "swin"}, {}])
     def test_another_model_type(self, tmp_path, config):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ConversionError, match="convertible are vit, deit"):
+        with pytest.raises(ConversionError, match="can be converted: vit, deit"):
             convert_vit(str(tmp_path))
 
     @pytest.mark.parametrize("overrides", [{"hidden_size": 32}, {"ln_order": "residual"}, {"num_hidden_layers": 2}])
     def test_what_the_source_decides_cannot_be_chosen(self, tmp_path, overrides):
         with pytest.raises(ConversionError, match="cannot be chosen"):
             convert(timm_model(), tmp_path, **overrides)
+
+    def test_the_number_of_heads_cannot_be_chosen_where_the_source_tells_it(self, tmp_path):
+        ViTForImageClassification(ViTConfig(**TRANSFORMERS)).save_pretrained(tmp_path)
+        with pytest.raises(ConversionError, match="`num_attention_heads=4` cannot be chosen: the source has 2"):
+            convert_vit(tmp_path, num_attention_heads=4)
+
+    def test_a_moving_average_cannot_be_taken_from_a_folder(self, tmp_path):
+        ViTForImageClassification(ViTConfig(**TRANSFORMERS)).save_pretrained(tmp_path)
+        with pytest.raises(ConversionError, match="`use_ema` is for a training checkpoint"):
+            convert_vit(tmp_path, use_ema=True)
+
+    @pytest.mark.parametrize("name", ["nothing", "no/such/place", "-/-"])
+    def test_a_name_that_can_be_nothing_is_refused_without_asking_the_hub(self, name, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sources, "cached_file", pytest.fail)
+        with pytest.raises(ConversionError, match="neither a file nor a folder"):
+            read_source(name)
+
+    def test_a_folder_without_a_configuration_is_refused(self, tmp_path):
+        with pytest.raises(ConversionError, match=r"has no config\.json"):
+            read_source(tmp_path)
 
     def test_a_pickled_object_is_not_executed(self, tmp_path):
         class Touch:
@@ -468,45 +489,11 @@ class TestRefusals:
 
         torch.save({**timm_model().state_dict(), "x": Touch()}, tmp_path / "evil.pth")
         with pytest.raises(ConversionError, match="was not executed"):
-            main(["--model_name_or_path", str(tmp_path / "evil.pth"), "--output_dir", str(tmp_path / "out")])
+            convert_vit(tmp_path / "evil.pth")
         assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
-
-    def test_a_schedule_that_does_not_fit_leaves_no_folder(self, tmp_path):
-        path = save(timm_model(), tmp_path / "timm.pth")
-        arguments = ["--model_name_or_path", path, "--num_attention_heads", "2", "--output_dir", str(tmp_path / "out")]
-        with pytest.raises(ValueError, match="hvt_pool"):
-            main([*arguments, "--hvt_pool", "1", "7"])
-        assert [path.name for path in tmp_path.iterdir()] == ["timm.pth"]
-
-
-def test_the_command_makes_a_folder_that_a_process_without_the_package_loads(tmp_path, pixel_values):
-    theirs = timm_model()
-    path = save(theirs, tmp_path / "timm.safetensors")
-    arguments = ["--model_name_or_path", path, "--num_attention_heads", "2", "--no_pooling"]
-    arguments += ["--output_dir", tmp_path / "out", "--image_mean", *["0.5"] * 3, "--image_std", *["0.5"] * 3]
-    result = run_python(TOOLKIT / "conversion/vit.py", *arguments)
-    assert "Dropped: nothing.\nNewly initialised: nothing.\nTokens per stage: 64." in result.stdout
-    assert result.stderr == ""
-
-    save_file({"pixel_values": pixel_values}, tmp_path / "batch.safetensors")
-    program = tmp_path / "use.py"
-    program.write_text(
-        "import sys, torch\n"
-        "from safetensors.torch import load_file, save_file\n"
-        "from transformers import AutoImageProcessor, AutoModelForImageClassification\n"
-        "model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "assert list(processor.image_mean) == [0.5] * 3\n"
-        "with torch.no_grad():\n"
-        "    save_file({'logits': model(**load_file(sys.argv[2])).logits}, sys.argv[3])\n"
-    )
-    batch, answer = tmp_path / "batch.safetensors", tmp_path / "answer.safetensors"
-    run_python(program, tmp_path / "out", batch, answer, hide=("hpool_vit",))
-    with torch.no_grad():
-        torch.testing.assert_close(load_file(answer)["logits"], theirs(pixel_values), rtol=0, atol=1e-5)
 
 
 def test_a_misspelt_field_is_refused(tmp_path):
     path = save(timm_model(), tmp_path / "timm.safetensors")
-    with pytest.raises(ValueError, match="`poolmode` is no field"):
+    with pytest.raises(ValueError, match="`poolmode` is not a field"):
         convert_vit(path, poolmode="merge", num_attention_heads=2)

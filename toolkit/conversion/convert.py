@@ -1,0 +1,267 @@
+"""The command `hpool-vit convert`: from a trained ViT or a checkpoint of the paper's code to a saved HPool-ViT."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
+from hpool_vit.configuration_hpool_vit import POOL_MODES
+from hpool_vit.pooling_hpool_vit import POOLINGS
+
+from ..shared.console import parse_value
+from ..shared.files import check_output_dir, folder_written_whole
+from .building import ConversionReport
+from .checkpoint import Checkpoint, ConversionError, read_checkpoint
+from .hvt import convert_checkpoint, is_hvt
+from .image_processor import image_processor_for
+from .positions import STAGE_POSITIONS
+from .sources import Source, is_checkpoint_file, read_source, timm_source
+from .vit import convert_source
+
+
+# What `convert` returns: the model, its image processor and the report.
+Converted = tuple[HPoolViTForImageClassification, HPoolViTImageProcessor, ConversionReport]
+
+# The arguments that a checkpoint of the paper's code leaves no choice in, and why.
+DECIDED_BY_THE_PAPER = {
+    "hvt_pool": "its tensors tell at which blocks it pools",
+    "pool_mode": "it pools by the maximum",
+    "merge_ratio": "it does not merge tokens",
+    "proportional_attention": "it does not merge tokens",
+    "stage_positions": "it has position embeddings for every stage",
+    "use_class_token": "it has no class token",
+    "num_labels": "its head tells the number of classes",
+    "image_size": "its position embeddings tell the image size",
+    "seed": "nothing in it starts anew",
+}
+
+
+def convert(
+    source: str | Path,
+    *,
+    stage_positions: str | None = None,
+    use_ema: bool = False,
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
+    seed: int | None = None,
+    **config_overrides,
+) -> Converted:
+    """
+    Builds an HPool-ViT from whatever the source turns out to be: a checkpoint of the paper's training code becomes the
+    paper's model, as with [`convert_hvt`], and a trained ViT becomes an HPool-ViT that starts from its weights, as
+    with [`convert_vit`].
+
+    Args:
+        source (`str`): a file, a folder or a Hub id.
+        stage_positions (`str`, *optional*):
+            How the position embeddings of the new stages start: `"zero"`, the default, or `"pooled"`.
+        use_ema (`bool`, defaults to `False`):
+            Whether to take the moving average of the weights of a training checkpoint.
+        image_mean (`list[float]`, *optional*): the mean of the pixels, instead of the source's.
+        image_std (`list[float]`, *optional*): the standard deviation of the pixels, instead of the source's.
+        seed (`int`, *optional*): makes what starts anew reproducible. By default, 0.
+        config_overrides: fields of [`HPoolViTConfig`], such as `hvt_pool` or `num_labels`.
+
+    Returns:
+        The model, in evaluation mode and float32, its image processor, and the [`ConversionReport`].
+
+    Raises:
+        ConversionError: for a source that cannot be converted, or an argument that does not apply to it.
+        ValueError: for a configuration that no model can be built from.
+    """
+    given = dict(config_overrides)
+    given |= {"stage_positions": stage_positions} if stage_positions is not None else {}
+    given |= {"seed": seed} if seed is not None else {}
+    statistics = {"image_mean": image_mean, "image_std": image_std}
+    statistics = {name: value for name, value in statistics.items() if value is not None}
+    checkpoint = read_checkpoint(source, use_ema) if is_checkpoint_file(source) else None
+    if checkpoint is not None and is_hvt(checkpoint):
+        return _convert_hvt(source, checkpoint, given, statistics)
+    vit = read_source(source, use_ema) if checkpoint is None else timm_source(checkpoint)
+    return _convert_vit(vit, given, statistics)
+
+
+def _convert_hvt(source: str | Path, checkpoint: Checkpoint, given: dict[str, Any], statistics: dict) -> Converted:
+    for name in given.keys() & DECIDED_BY_THE_PAPER:
+        raise ConversionError(
+            f"`{name}` does not apply: `{source}` is a checkpoint of the paper's code, and "
+            f"{DECIDED_BY_THE_PAPER[name]}."
+        )
+    model, report = convert_checkpoint(checkpoint, **given)
+    return model, HPoolViTImageProcessor.for_config(model.config, **statistics), report
+
+
+def _convert_vit(source: Source, given: dict[str, Any], statistics: dict) -> Converted:
+    _check_pooling(given)
+    seed, stage_positions = given.pop("seed", 0), given.pop("stage_positions", "zero")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, report = convert_source(source, stage_positions, **given)
+    if source.image_processor is None and len(statistics) < 2:
+        report.notes.append(
+            "Assumed ImageNet's mean and standard deviation of the pixels. If the source was trained with others, "
+            "pass `image_mean` and `image_std`."
+        )
+    return model, image_processor_for(source, model.config, **statistics), report
+
+
+def _check_pooling(given: dict[str, Any]):
+    """Raises a `ConversionError` for an argument that the chosen pooling does not read."""
+    readers = {name: _arguments_of(name) for name in POOLINGS}
+    pool_mode = given.get("pool_mode", "max")
+    for name in given.keys() & set().union(*readers.values()):
+        if "hvt_pool" in given and not given["hvt_pool"]:
+            raise ConversionError(f"`{name}` does not apply: with `hvt_pool=none` the model does not pool.")
+        if name not in readers.get(pool_mode, {name}):
+            modes = " and ".join(mode for mode, names in readers.items() if name in names)
+            raise ConversionError(f"`{name}` does not apply to `pool_mode={pool_mode!r}`, only to {modes}.")
+
+
+def _arguments_of(pool_mode: str) -> set[str]:
+    """The arguments that only this pooling mode, or modes like it, read."""
+    return {*POOLINGS[pool_mode].fields, *(["stage_positions"] if POOL_MODES[pool_mode].has_positions else [])}
+
+
+def read_labels(path: str | Path) -> dict[str, dict]:
+    """`id2label` and `label2id` from a text file with one class name per line."""
+    labels = Path(path).read_text(encoding="utf-8").splitlines()
+    if not labels or not all(label.strip() for label in labels):
+        raise ConversionError(f"`{path}` must hold one class name per line and no empty line.")
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise ConversionError(f"`{path}` has the class {twice!r} more than once: make the names distinct.")
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+
+
+def write_folder(output_dir: str | Path, *parts: Any):
+    """
+    Saves a model and its image processor into a folder that appears complete or not at all.
+
+    Args:
+        output_dir: a folder that does not exist yet or is empty.
+        parts: objects with a method `save_pretrained`.
+    """
+    with folder_written_whole(output_dir) as folder:
+        for part in parts:
+            part.save_pretrained(folder)
+
+
+def describe(config: HPoolViTConfig) -> str:
+    """A configuration in one line."""
+    sizes = f"Image {config.image_size}, patch {config.patch_size}, width {config.hidden_size}"
+    layers = f"{config.num_hidden_layers} blocks of {config.num_attention_heads} heads, {config.num_labels} classes"
+    tokens = config.tokens_per_stage()
+    if not config.hvt_pool:
+        return f"{sizes}, {layers}; {tokens[0]} tokens without pooling."
+    blocks, tokens = (", ".join(map(str, numbers)) for numbers in (config.hvt_pool, tokens))
+    return f"{sizes}, {layers}; {config.pool_mode} pooling at blocks {blocks}: {tokens} tokens."
+
+
+def parse_options(**options: str | None) -> dict[str, Any]:
+    """The values of the options that were given."""
+    values = {name: parse_value(name, text) for name, text in options.items() if text is not None}
+    for name in ("image_mean", "image_std"):
+        if name in values and not _are_numbers(values[name]):
+            raise ValueError(f"`{name}={options[name]}` must be one number per channel, such as 0.5,0.5,0.5.")
+    size = values.get("image_size", 1)
+    if not isinstance(size, int) and not (_are_numbers(size) and len(size) == 2):
+        raise ValueError(f"`image_size={options['image_size']}` must be one number, or height and width: 224,384.")
+    return values
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, int | float) for number in value)
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint file, a saved folder or a Hub id.")],
+    output_dir: Annotated[Path, typer.Option(help="The folder to write. It must not exist yet, or be empty.")],
+    hvt_pool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCKS",
+            help="The blocks at whose input to pool, such as 1,5,9, or none. By default 1,5,9, or 3,5,7,9 to merge, "
+            "scaled to the number of blocks.",
+        ),
+    ] = None,
+    pool_mode: Annotated[
+        str | None, typer.Option(metavar="MODE", help=f"{', '.join(POOL_MODES)}. By default max.")
+    ] = None,
+    pool_kernel_size: Annotated[int | None, typer.Option(help="Tokens that max and avg pool into one.")] = None,
+    pool_stride: Annotated[int | None, typer.Option(help="Step of max and avg, in tokens.")] = None,
+    merge_ratio: Annotated[
+        str | None,
+        typer.Option(metavar="SHARES", help="Share of the tokens to merge: one for all stages, or 0.3,0.2 for two."),
+    ] = None,
+    proportional_attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRUE|FALSE", help="Whether attention weighs a merged token by its patches. By default true."
+        ),
+    ] = None,
+    stage_positions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START",
+            help=f"How the position embeddings of new stages start: {' or '.join(STAGE_POSITIONS)}. By default zero.",
+        ),
+    ] = None,
+    use_class_token: Annotated[
+        str | None,
+        typer.Option(metavar="TRUE|FALSE", help="Whether there is a class token. By default, if the head reads it."),
+    ] = None,
+    num_labels: Annotated[int | None, typer.Option(help="A number other than the source's makes a new head.")] = None,
+    labels: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one class name per line.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="PIXELS", help="224, or height and width: 224,384. By default the source's.")
+    ] = None,
+    image_mean: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Mean of the pixels, such as 0.5,0.5,0.5, if it is unknown.")
+    ] = None,
+    image_std: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Standard deviation of the pixels, if it is unknown.")
+    ] = None,
+    num_attention_heads: Annotated[int | None, typer.Option(help="If the source does not tell.")] = None,
+    use_ema: Annotated[
+        bool, typer.Option("--use_ema", help="Take the moving average of a training checkpoint.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="For what starts anew. By default 0.")] = None,
+) -> None:
+    """
+    Turn a trained ViT, or a checkpoint of the paper's code, into an HPool-ViT folder.
+
+    SOURCE is a folder or Hub id of Transformers' ViT (which DINO and many DeiT models use), DeiT, ViT-MSN or DINOv2,
+    or of timm's ViT or DeiT. It can also be a file (.pth, .bin, .safetensors) in timm's naming or from the paper's
+    training code. The command recognises what it is by the names of its tensors.
+
+    A ViT keeps its weights and gets the pooling that you choose. A checkpoint of the paper's code becomes the same
+    model with the same answers. The command prints what it dropped, initialised anew or assumed.
+    """
+    check_output_dir(output_dir)
+    options = parse_options(
+        hvt_pool=hvt_pool,
+        merge_ratio=merge_ratio,
+        proportional_attention=proportional_attention,
+        use_class_token=use_class_token,
+        image_size=image_size,
+        image_mean=image_mean,
+        image_std=image_std,
+    )
+    plain = {
+        "pool_mode": pool_mode,
+        "pool_kernel_size": pool_kernel_size,
+        "pool_stride": pool_stride,
+        "stage_positions": stage_positions,
+        "num_labels": num_labels,
+        "num_attention_heads": num_attention_heads,
+        "seed": seed,
+    }
+    options |= {name: value for name, value in plain.items() if value is not None}
+    options |= read_labels(labels) if labels else {}
+    model, image_processor, report = convert(source, use_ema=use_ema, **options)
+    write_folder(output_dir, model, image_processor)
+    print(report)
+    print(describe(model.config))
+    print(f"Saved in {output_dir}.")

@@ -1,0 +1,121 @@
+"""Position embeddings: those of the source taken apart and resized, and those of the stages, which are new."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hpool_vit import HPoolViTConfig
+from hpool_vit.pooling_hpool_vit import POOLINGS, Tokens, resize_positions
+
+from .building import ConversionReport
+from .checkpoint import Checkpoint, ConversionError
+from .sources import Source
+
+
+# How the position embeddings of a new stage start.
+STAGE_POSITIONS = ("zero", "pooled")
+
+
+@dataclass
+class Positions:
+    """
+    The position embeddings of a source.
+
+    Args:
+        class_token: that of the class token, of shape `(1, 1, hidden_size)`; None if there is no class token.
+        patches: those of the patches, of shape `(1, rows * columns, hidden_size)`.
+        grid: rows and columns of patches.
+    """
+
+    class_token: torch.Tensor | None
+    patches: torch.Tensor
+    grid: tuple[int, int]
+
+    def resized(self, grid: tuple[int, int], report: ConversionReport) -> torch.Tensor:
+        """Those of the patches for another grid, of shape `(1, rows * columns, hidden_size)`."""
+        if self.grid == grid:
+            return self.patches
+        old, new = ("{} × {}".format(*sides) for sides in (self.grid, grid))
+        report.notes.append(f"Resized the position embeddings from {old} to {new} patches.")
+        return resize_positions(self.patches, self.grid, grid)
+
+
+def split_positions(source: Source, image_size: int | tuple[int, int] | None, report: ConversionReport) -> Positions:
+    """
+    Takes the position embeddings of the special tokens and of the patches apart.
+
+    The grid of patches is that of the source's own image size. If the source does not tell its image size, the grid is
+    that of `image_size`, provided that the number of positions fits. Otherwise it is a square.
+    """
+    checkpoint, positions = source.checkpoint, source.checkpoint.positions
+    image_size = source.fields.get("image_size", image_size)
+    num_positions = positions.shape[1]
+    num_special = sum(f"embeddings.{token}" in checkpoint for token in ("cls_token", "distillation_token"))
+    # Some models have position embeddings for the patches alone.
+    for num_patches in (num_positions - num_special, num_positions):
+        if grid := _find_grid(num_patches, checkpoint, image_size):
+            break
+    else:
+        raise ConversionError(
+            f"The source has {num_positions} position embeddings, {num_special} of them for special tokens, and the "
+            "others do not form a square: pass the height and width of its images as `image_size`."
+        )
+    if image_size is None and num_patches > num_positions - num_special:
+        report.notes.append(
+            f"Assumed {grid[0]} × {grid[1]} patches and no position embedding of the class token. If the images of "
+            "the source are not square, pass their height and width as `image_size`."
+        )
+    # (1, special tokens, hidden_size), (1, patches, hidden_size)
+    special, patches = positions.split([num_positions - num_patches, num_patches], dim=1)
+    class_token = special[:, :1] if special.shape[1] else torch.zeros_like(patches[:, :1])
+    return Positions(class_token if "embeddings.cls_token" in checkpoint else None, patches, grid)
+
+
+def _find_grid(
+    num_patches: int, checkpoint: Checkpoint, image_size: int | tuple[int, int] | None
+) -> tuple[int, int] | None:
+    if image_size is not None:
+        sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
+        grid = tuple(size // patch for size, patch in zip(sizes, checkpoint.patch_weight.shape[2:], strict=True))
+        if math.prod(grid) == num_patches:
+            return grid
+    side = math.isqrt(num_patches)
+    return (side, side) if side * side == num_patches else None
+
+
+def start_stages(
+    config: HPoolViTConfig, positions: torch.Tensor, stage_positions: str, report: ConversionReport
+) -> dict[str, torch.Tensor]:
+    """
+    The position embeddings of the new stages, under the model's names.
+
+    Args:
+        config: the configuration of the model.
+        positions: the model's first position embeddings, of shape `(1, tokens, hidden_size)`.
+        stage_positions: one of `STAGE_POSITIONS`.
+        report: where the new names are added.
+    """
+    lengths = config.stage_positions()
+    initial = {block: torch.zeros(1, length, config.hidden_size) for block, length in lengths.items()}
+    if stage_positions == "pooled":
+        initial = _pool_positions(config, positions)
+    names = {block: f"hpool_vit.pooling.{block}.position_embeddings" for block in lengths}
+    report.initialised += [f"{name} ({stage_positions})" for name in names.values()]
+    return {names[block]: initial[block] for block in lengths}
+
+
+@torch.no_grad()
+def _pool_positions(config: HPoolViTConfig, positions: torch.Tensor) -> dict[int, torch.Tensor]:
+    """What each stage with position embeddings makes of the model's first ones, by block."""
+    lengths, pooled = config.stage_positions(), {}
+    for schedule in config.schedules if lengths else []:
+        tokens = Tokens(positions.float())
+        for block in schedule:
+            # A new stage adds zeros.
+            tokens = POOLINGS[config.pool_mode](config.with_schedule(schedule), block)(tokens)
+            # (1, tokens after the stage, hidden_size)
+            patch_tokens = tokens.hidden_states[:, int(config.use_class_token) :]
+            if patch_tokens.shape[1] == lengths[block]:
+                pooled.setdefault(block, patch_tokens.clone())
+    return pooled
