@@ -86,7 +86,7 @@ def command(
     It loads nothing from the internet and sends nothing there.
 
     With --output_dir, the page becomes a Space: a folder that holds everything, so it runs without this package. Look
-    at it with python DIR/app.py and upload it with hf upload NAME/my-space DIR --repo-type space.
+    at it with `python DIR/app.py`, and upload it with `hf upload OWNER/NAME DIR --repo-type space`.
     """
     if output_dir is None:
         serve(models or (), models_dir=models_dir, examples_dir=examples_dir, server_port=server_port)

@@ -62,7 +62,7 @@ def command(
     dry_run: Annotated[bool, typer.Option(help="Prepare and show the repository, but upload nothing.")] = False,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Keep the prepared repository in this folder. With --dry_run: outputs/hub/<name>."),
+        typer.Option(help="Keep the prepared repository in this folder. With --dry_run: outputs/hub/NAME."),
     ] = None,
     private: Annotated[bool, typer.Option(help="Only you and your organization can see the repository.")] = False,
     license: Annotated[

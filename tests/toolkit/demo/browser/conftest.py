@@ -94,6 +94,8 @@ def app(digits_folder, saved_folder, tmp_path_factory) -> App:
     command = [sys.executable, Path(__file__).with_name("run_offline.py"), "hpool_vit.toolkit.command"]
     command += ["demo", digits_folder, saved_folder, "--server_port", str(port)]
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads"), "PYTHONUNBUFFERED": "1"}
+    # The page must stay offline by itself.
+    del environment["HF_HUB_OFFLINE"]
     with log.open("w") as output:
         process = subprocess.Popen(
             list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=environment
