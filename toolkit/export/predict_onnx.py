@@ -1,9 +1,10 @@
 """
-Classifies image files with a folder that export.py made. Needs only numpy, Pillow and ONNX Runtime:
+Classify image files with an exported model. `hpool-vit export` puts this program into the folder beside the model. It
+needs only NumPy, Pillow and ONNX Runtime:
 
-    pip install numpy pillow onnxruntime
-    python predict_onnx.py --model_dir outputs/onnx photo.jpg
-    python predict_onnx.py --model_dir outputs/onnx --model_name model_int8.onnx --top_k 1 photos/*.jpg
+    python -m pip install numpy pillow onnxruntime
+    python predict_onnx.py photo.jpg
+    python predict_onnx.py --model model_int8.onnx --top_k 1 photos/*.jpg
 """
 
 import argparse
@@ -16,35 +17,44 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-def read_json(model_dir: Path, name: str):
-    """The content of `preprocessor_config.json` or `labels.json`; a `ValueError` says what is wrong with the file."""
+def read_json(folder: Path, name: str):
+    """The content of `preprocessor_config.json` or `labels.json`. A `ValueError` says what is wrong with the file."""
     try:
-        return json.loads((model_dir / name).read_text(encoding="utf-8"))
+        return json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_dir {model_dir} has no readable {name}: make the folder with export.py.") from error
+        raise ValueError(f"{folder} has no readable {name}: the model must be in its exported folder.") from error
 
 
 def open_model(file: Path, num_threads: int = 0) -> onnxruntime.InferenceSession:
-    """A model on the CPU, by default on all its cores; a `ValueError` says what is wrong with the file."""
+    """
+    Opens a model on the CPU.
+
+    Args:
+        file: the ONNX file.
+        num_threads: the threads to use; 0 means all cores.
+
+    Raises:
+        ValueError: if ONNX Runtime cannot open the file.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
-    options.log_severity_level = 3  # errors; the warnings are about the graph, which no user can change
+    options.log_severity_level = 3  # errors only; users cannot change what the warnings are about, the graph
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exceptions share no class
-        raise ValueError(f"{file} is no model that ONNX Runtime opens: make it with export.py. ({error})") from error
+    except Exception as error:  # ONNX Runtime's exceptions have no common class
+        raise ValueError(f"{file} is not a model that ONNX Runtime can open: {error}") from error
 
 
 def open_image(file: Path) -> Image.Image:
-    """An image, upright as its EXIF data say; a `ValueError` names a file that is none."""
+    """An image, upright according to its EXIF data. A `ValueError` names a file that is not an image."""
     try:
         return ImageOps.exif_transpose(Image.open(file))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is no image that Pillow can read: {error}") from error
+        raise ValueError(f"{file} is not an image that Pillow can read: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, with transparency on white, and 16 bits as 8 (which Pillow's own conversion would clip to white)."""
+    """RGB, with transparency on white, and 16 bits as 8 (Pillow's own conversion clips them to white)."""
     if image.mode.startswith("I"):
         pixels = np.asarray(image).astype(np.float32)
         is_16_bit = image.mode != "I" or pixels.max() > 255
@@ -57,7 +67,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def preprocess(image: Image.Image, config: dict) -> np.ndarray:
     """
-    What `config`, the content of preprocessor_config.json, says: resize, centre crop, rescale, normalise.
+    Prepares an image for the model: resize, centre crop, rescale, normalise.
+
+    Args:
+        image: the image.
+        config: the content of preprocessor_config.json.
 
     Returns:
         float32 of shape (num_channels, height, width).
@@ -86,7 +100,7 @@ def preprocess(image: Image.Image, config: dict) -> np.ndarray:
 
 
 def for_image_size(config: dict, size: int) -> dict:
-    """`config` for square images of `size` pixels, of which the crop keeps its share."""
+    """`config` for square images of `size` pixels. The crop keeps its share of the image."""
     share = max(config["crop_size"].values()) / config["size"]["shortest_edge"] if config.get("do_center_crop") else 1
     square = {"height": size, "width": size}
     resize = {"shortest_edge": round(size / share)} if "shortest_edge" in config["size"] else square
@@ -94,12 +108,12 @@ def for_image_size(config: dict, size: int) -> dict:
 
 
 def check_image_size(session: onnxruntime.InferenceSession, pixel_values: np.ndarray):
-    """Raises a `ValueError` for images of another size than the model takes."""
-    expected = session.get_inputs()[0].shape[1:]  # names stand for sizes that are free
+    """Raises a `ValueError` for images of a size that the model does not take."""
+    expected = session.get_inputs()[0].shape[1:]  # free sizes have names
     given = pixel_values.shape[1:]
     if any(isinstance(size, int) and size != other for size, other in zip(expected, given, strict=True)):
         raise ValueError(
-            f"The model takes images of {' × '.join(map(str, expected))} (channels, height, width), and was given "
+            f"The model takes images of {' × '.join(map(str, expected))} (channels, height, width), not of "
             f"{' × '.join(map(str, given))}: leave --image_size out, or export with --dynamic_image_size."
         )
 
@@ -118,16 +132,16 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path, help="image files")
-    parser.add_argument("--model_dir", type=Path, required=True, help="folder that export.py made")
-    parser.add_argument("--model_name", default="model.onnx", help="the file in it (default: %(default)s)")
-    parser.add_argument("--top_k", type=int, default=5, help="how many classes to print (default: %(default)s)")
+    parser.add_argument("--model", type=Path, help="the ONNX file; default: model.onnx beside this program")
+    parser.add_argument("--top_k", type=int, default=5, help="how many classes to print; default: %(default)s")
     parser.add_argument("--image_size", type=int, help="pixels, for a model exported with --dynamic_image_size")
     args = parser.parse_args()
 
-    config, labels = read_json(args.model_dir, "preprocessor_config.json"), read_json(args.model_dir, "labels.json")
+    model = args.model or Path(__file__).with_name("model.onnx")
+    config, labels = read_json(model.parent, "preprocessor_config.json"), read_json(model.parent, "labels.json")
     if args.image_size:
         config = for_image_size(config, args.image_size)
-    session = open_model(args.model_dir / args.model_name)
+    session = open_model(model)
     for file in args.images:
         pixel_values = preprocess(open_image(file), config)
         probabilities = softmax(predict(session, pixel_values[None])[0])

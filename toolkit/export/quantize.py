@@ -1,9 +1,9 @@
 """
-An ONNX model with the weights and inputs of its Linear layers in int8, by ONNX Runtime's quantisation; what that costs
-in accuracy and gains in time.
+Quantise the Linear layers of an ONNX model to int8 with ONNX Runtime, and measure what it costs in accuracy and saves
+in time.
 
-Attention's products of activations, norms and everything else stay in float32. Each output channel has its own scale.
-The weights use 7 of the 8 bits: the int8 instructions of x86 processors without VNNI overflow with all 8.
+Everything else stays in float32, including attention's products of activations. Each output channel has its own scale.
+The weights use 7 of the 8 bits, because the int8 instructions of x86 processors without VNNI overflow with all 8.
 """
 
 import random
@@ -13,41 +13,56 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnxruntime import InferenceSession
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from .predict_onnx import open_image, predict, preprocess
+from ..shared.console import needs
+
+
+with needs("export"):
+    import onnx
+    from onnxruntime import InferenceSession
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from .predict_onnx import open_image, predict, preprocess
+
+with needs("vision"):
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 
 def find_images(directory: Path, limit: int) -> list[Path]:
-    """At most `limit` of the images in a folder and its sub-folders, drawn at random but always the same."""
+    """At most `limit` of the images in a folder and its sub-folders: a random sample that is always the same."""
     files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
     if not files:
-        raise ValueError(f"`{directory}` holds no images.")
+        raise ValueError(f"{directory} has no images.")
     return random.Random(0).sample(files, min(limit, len(files)))
 
 
 def find_labelled_images(directory: Path, labels: list[str]) -> list[tuple[str, int]]:
-    """Files and labels of a folder with one sub-folder per class, named as the model's label."""
+    """Files and label numbers of a folder with one sub-folder per class, named like the model's label."""
     names = find_classes(directory)[0]
     for name in names:
         if name not in labels:
             known = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
-            raise ValueError(f"`{directory / name}` is named as no label of the model: rename it to one of {known}")
+            raise ValueError(f"{directory / name} is not named like a label of the model: rename it to one of {known}")
     return make_dataset(directory, {name: labels.index(name) for name in names}, extensions=IMG_EXTENSIONS)
 
 
 def read_batches(files: list[Path | str], preprocessing: dict, batch_size: int) -> Iterator[np.ndarray]:
-    """Prepared images of shape (batch_size, num_channels, height, width), the last batch with the rest."""
+    """Prepared images of shape (batch_size, num_channels, height, width); the last batch may be smaller."""
     for start in range(0, len(files), batch_size):
         images = [preprocess(open_image(file), preprocessing) for file in files[start : start + batch_size]]
         yield np.stack(images)
 
 
 class CalibrationImages(CalibrationDataReader):
+    """Batches of images in the form that ONNX Runtime asks for."""
+
     def __init__(self, batches: Iterator[np.ndarray]):
         self.batches = batches
 
@@ -57,31 +72,31 @@ class CalibrationImages(CalibrationDataReader):
 
 
 def linear_layers(file: Path) -> list[str]:
-    """The names of the nodes that multiply by a weight; products of two activations are attention's."""
+    """The names of the nodes that multiply by a weight. Products of two activations belong to attention."""
     graph = onnx.load(file, load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and weights & set(node.input[:2])]
 
 
-def quantize(file: Path, output: Path, calibration: list[Path], preprocessing: dict):
+def quantize(file: Path, output: Path, calibration: list[Path], preprocessing: dict) -> None:
     """
-    Writes a model with Linear layers in int8.
+    Writes a model with its Linear layers in int8.
 
     Args:
         file: the model in float32.
         output: the file to write.
-        calibration: images from which the ranges of the layers' inputs are taken; none: each input's own range is
-            taken when the model runs.
+        calibration: images that give the ranges of the layers' inputs. Without any, the ranges are taken when the
+            model runs.
         preprocessing: the content of preprocessor_config.json.
     """
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        # By itself ONNX Runtime would warn that this step is missing.
+        # Without this step ONNX Runtime warns that it is missing.
         prepared = Path(scratch) / file.name
         quant_pre_process(file, prepared, skip_symbolic_shape=True)
         write_int8(prepared, output, calibration, preprocessing)
 
 
-def write_int8(file: Path, output: Path, calibration: list[Path], preprocessing: dict):
+def write_int8(file: Path, output: Path, calibration: list[Path], preprocessing: dict) -> None:
     options = {
         "nodes_to_quantize": linear_layers(file),
         "op_types_to_quantize": ["MatMul", "Gemm"],
@@ -97,7 +112,7 @@ def write_int8(file: Path, output: Path, calibration: list[Path], preprocessing:
 
 
 def measure_speedup(float32: InferenceSession, int8: InferenceSession, images: np.ndarray, rounds: int = 15) -> dict:
-    """How many times as fast int8 is: the quartiles over `rounds` in which both take their turn, after a warm-up."""
+    """How many times as fast int8 is: the quartiles over `rounds` in which both models take turns, after a warm-up."""
     speedups = []
     for _ in range(rounds + 2):
         seconds = []
@@ -116,7 +131,7 @@ def compare(
     preprocessing: dict,
     batch_size: int,
 ) -> dict:
-    """Accuracy of both models on labelled images, and for which share of them they give the same answer."""
+    """The accuracy of both models on labelled images, and the share of images for which their answers agree."""
     files, labels = zip(*images, strict=True)
     answers = [
         [predict(session, batch).argmax(-1) for session in (float32, int8)]

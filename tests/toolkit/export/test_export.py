@@ -1,7 +1,6 @@
 """
-Exported models against PyTorch: logits in float32 to 1e-4, in int8 to a quarter of the spread of the logits, or half
-of it with fixed ranges. The program runs in this process where nothing but its flags matters, because PyTorch and
-Transformers are slow to import.
+`hpool-vit export`: exported models give the logits of PyTorch, in float32 to 1e-4, in int8 to a quarter of the spread
+of the logits, or half of it with fixed ranges. Most tests call the function: a new process takes seconds to start.
 """
 
 import json
@@ -11,15 +10,17 @@ from math import nan
 import numpy as np
 import pytest
 import torch
-from helpers import TOOLKIT, run_python, tiny_config, tiny_model
+from helpers import run_command, run_python, tiny_config, tiny_model
 from image_files import picture, write_folder
 from PIL import Image
 from transformers import ConvNextImageProcessor, ViTImageProcessor
 
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor, HPoolViTImageProcessorPil
-from hpool_vit.toolkit.export.export import FORMATS, Format, check_preprocessing, main
+from hpool_vit.toolkit import command
+from hpool_vit.toolkit.export.checks import check_preprocessing
+from hpool_vit.toolkit.export.export import export_model
+from hpool_vit.toolkit.export.formats import FORMATS, Format
 from hpool_vit.toolkit.export.predict_onnx import open_model, predict, preprocess
-from hpool_vit.toolkit.shared.console import run
 
 
 # Together: every ln_order, pool mode and kind of patches, with and without a class token, merging all odd tokens and
@@ -51,8 +52,8 @@ def save(folder, **overrides):
     return model
 
 
-def export(source, output, *flags):
-    main(["--model_name_or_path", str(source), "--output_dir", str(output), *map(str, flags)])
+def export(source, output, **options):
+    export_model(str(source), output, **options)
     return output
 
 
@@ -60,12 +61,14 @@ def onnx_logits(folder, images: torch.Tensor, name: str = "model.onnx") -> torch
     return torch.from_numpy(predict(open_model(folder / name), images.numpy()))
 
 
-def refusal(capsys, *flags) -> str:
-    """The one line with which the program ends."""
+def refusal(capsys, *words, status: int = 1) -> str:
+    """The one line with which the command ends."""
+    capsys.readouterr()  # what saving the models printed
     with pytest.raises(SystemExit) as ended:
-        run(lambda: main(list(map(str, flags))))
-    assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
-    return str(ended.value)
+        command.main(["export", *map(str, words)])
+    printed = capsys.readouterr().err
+    assert ended.value.code == status and printed.startswith("error: ") and printed.count("\n") == 1, printed
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +79,10 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(saved_folder, photos, tmp_path_factory):
-    """What the program leaves and prints, run as a user runs it."""
+    """What the command leaves and prints, run as a user runs it."""
     output = tmp_path_factory.mktemp("exported") / "onnx"
-    flags = ["--model_name_or_path", saved_folder, "--output_dir", output, "--int8", "dynamic", "--eval_dir", photos]
-    return output, run_python(TOOLKIT / "export/export.py", *flags).stdout
+    flags = ["--output_dir", output, "--int8", "dynamic", "--eval_dir", photos]
+    return output, run_command("export", saved_folder, *flags).stdout
 
 
 @variants
@@ -94,7 +97,7 @@ def test_the_onnx_model_gives_the_logits_of_pytorch_for_any_batch(variant, tmp_p
 @pytest.mark.parametrize("variant", ["merge-some", pytest.param("avg", marks=pytest.mark.slow)])
 def test_the_onnx_model_takes_other_image_sizes(variant, tmp_path):
     model = save(tmp_path / "model", **VARIANTS[variant])
-    folder = export(tmp_path / "model", tmp_path / "onnx", "--dynamic_image_size")
+    folder = export(tmp_path / "model", tmp_path / "onnx", dynamic_image_size=True)
     for size in ((32, 32), (24, 44), (48, 20)):
         images = torch.randn(3, 3, *size)
         expected = model(images, interpolate_pos_encoding=True).logits
@@ -104,7 +107,7 @@ def test_the_onnx_model_takes_other_image_sizes(variant, tmp_path):
 @variants
 def test_the_torch_export_model_gives_the_logits_of_pytorch_for_any_batch_and_size(variant, tmp_path):
     model = save(tmp_path / "model", **VARIANTS[variant])
-    folder = export(tmp_path / "model", tmp_path / "pt2", "--format", "torch_export", "--dynamic_image_size")
+    folder = export(tmp_path / "model", tmp_path / "pt2", format="torch_export", dynamic_image_size=True)
     program = torch.export.load(folder / "model.pt2").module()
     for batch_size, size in ((1, (32, 32)), (3, (24, 44)), (4, (48, 20))):
         images = torch.randn(batch_size, 3, *size)
@@ -114,7 +117,7 @@ def test_the_torch_export_model_gives_the_logits_of_pytorch_for_any_batch_and_si
 
 def test_the_torch_export_model_runs_without_this_package_and_transformers(tmp_path):
     model = save(tmp_path / "model")
-    folder = export(tmp_path / "model", tmp_path / "pt2", "--format", "torch_export")
+    folder = export(tmp_path / "model", tmp_path / "pt2", format="torch_export")
     images = torch.randn(3, 3, 32, 32)
     torch.save(images, tmp_path / "images.pt")
     program = tmp_path / "classify.py"
@@ -133,8 +136,8 @@ def test_a_process_with_only_numpy_pillow_and_onnx_runtime_classifies(exported, 
     image_processor = HPoolViTImageProcessorPil.from_pretrained(saved_folder)
     files = [photos / "ant" / "0.png", photos / "cat" / "3.png"]
     for name in ("model.onnx", "model_int8.onnx"):
-        flags = ["--model_dir", exported[0], "--model_name", name, "--top_k", 1]
-        lines = run_python(TOOLKIT / "export/predict_onnx.py", *flags, *files, hide=HIDDEN).stdout.splitlines()
+        flags = ["--top_k", 1] if name == "model.onnx" else ["--model", exported[0] / name, "--top_k", 1]
+        lines = run_python(exported[0] / "predict_onnx.py", *flags, *files, hide=HIDDEN).stdout.splitlines()
         images = image_processor([Image.open(file) for file in files], return_tensors="pt")
         probabilities = model(**images).logits.softmax(-1)
         for file, line, expected in zip(files, lines, probabilities, strict=True):
@@ -159,8 +162,8 @@ def test_int8_comes_close_to_pytorch_in_a_smaller_file_and_is_measured(exported,
 
 def test_static_int8_takes_its_ranges_from_real_images(photos, tmp_path):
     model = save(tmp_path / "model")
-    flags = ("--int8", "static", "--calibration_dir", photos, "--num_calibration_images", 5)
-    folder = export(tmp_path / "model", tmp_path / "onnx", *flags)
+    options = {"int8": "static", "calibration_dir": photos, "num_calibration_images": 5}
+    folder = export(tmp_path / "model", tmp_path / "onnx", **options)
     config = json.loads((folder / "preprocessor_config.json").read_text())
     images = torch.stack([torch.from_numpy(preprocess(picture(seed), config)) for seed in range(8)])
     expected = model(images).logits
@@ -206,10 +209,12 @@ def test_images_are_prepared_as_by_the_image_processor(image, settings):
 
 def test_an_export_that_does_not_answer_as_pytorch_does_leaves_nothing(tmp_path, capsys, monkeypatch):
     save(tmp_path / "model")
-    wrong = Format("model.pt2", (), torch.export.save, lambda file: lambda images: torch.full((len(images), 3), nan))
+    wrong = Format(
+        "model.pt2", lambda: None, torch.export.save, lambda file: lambda images: torch.full((len(images), 3), nan)
+    )
     monkeypatch.setitem(FORMATS, "torch_export", wrong)
-    flags = ("--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out", "--format", "torch_export")
-    assert "differs from PyTorch by nan" in refusal(capsys, *flags)
+    words = (tmp_path / "model", "--output_dir", tmp_path / "out", "--format", "torch_export")
+    assert "differs from PyTorch by nan" in refusal(capsys, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -225,22 +230,22 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(saved_folder, pho
     save(tmp_path / "convnext")
     ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path / "convnext")  # it crops by a share
     before = sorted(tmp_path.iterdir())
-    good, out = ("--model_name_or_path", saved_folder), ("--output_dir", tmp_path / "out")
-    for flags, parts in (
-        (("--model_name_or_path", tmp_path / "nowhere", *out), ("--model_name_or_path", "nowhere")),
-        (("--model_name_or_path", tmp_path / "empty", *out), ("--model_name_or_path", "empty")),
-        (("--model_name_or_path", tmp_path / "headless", *out), ("headless", "no weights for classifier")),
-        (("--model_name_or_path", tmp_path / "nan", *out), ("nan", "classifier.bias are not finite")),
-        (("--model_name_or_path", tmp_path / "convnext", *out), ("ConvNextImageProcessor", "otherwise than")),
-        ((*good, "--output_dir", photos), ("photos", "not empty")),
-        ((*good, *out, "--int8", "dynamic", "--format", "torch_export"), ("--int8 dynamic", "--format onnx")),
-        ((*good, *out, "--int8", "static"), ("--calibration_dir",)),
-        ((*good, *out, "--eval_dir", photos), ("--eval_dir", "--int8")),
-        ((*good, *out, "--int8", "dynamic", "--eval_dir", tmp_path / "gone"), ("--eval_dir", "gone", "no folder")),
-        ((*good, *out, "--int8", "dynamic", "--eval_dir", unknown), ("wasp", "ant, bee, cat")),
-        ((*good, *out, "--int8", "static", "--calibration_dir", tmp_path / "empty"), ("empty", "no images")),
+    good, out = saved_folder, ("--output_dir", tmp_path / "out")
+    for words, parts in (
+        ((tmp_path / "nowhere", *out), ("nowhere", "neither a folder")),
+        ((tmp_path / "empty", *out), ("empty", "no config.json")),
+        ((tmp_path / "headless", *out), ("headless", "no weights for classifier")),
+        ((tmp_path / "nan", *out), ("nan", "classifier.bias are not finite")),
+        ((tmp_path / "convnext", *out), ("ConvNextImageProcessor", "cannot prepare images", "--format torch_export")),
+        ((good, "--output_dir", photos), ("photos", "not empty")),
+        ((good, *out, "--int8", "dynamic", "--format", "torch_export"), ("--int8 dynamic needs --format onnx",)),
+        ((good, *out, "--int8", "static"), ("--calibration_dir",)),
+        ((good, *out, "--eval_dir", photos), ("--eval_dir", "--int8")),
+        ((good, *out, "--int8", "dynamic", "--eval_dir", tmp_path / "gone"), ("--eval_dir", "gone", "not a folder")),
+        ((good, *out, "--int8", "dynamic", "--eval_dir", unknown), ("wasp", "ant, bee, cat")),
+        ((good, *out, "--int8", "static", "--calibration_dir", tmp_path / "empty"), ("empty", "no images")),
     ):
-        message = refusal(capsys, *flags)
+        message = refusal(capsys, *words)
         assert all(part in message for part in parts), message
     assert sorted(tmp_path.iterdir()) == before
 
@@ -251,42 +256,41 @@ def test_the_image_processor_of_a_vit_goes_along_too():
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(saved_folder, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        export(saved_folder, tmp_path / "out", "--format", "caffe")
-    assert ended.value.code == 2
-    printed = capsys.readouterr().err
-    assert all(name in printed for name in ("caffe", "onnx", "torch_export"))
+    message = refusal(capsys, saved_folder, "--output_dir", tmp_path / "out", "--format", "caffe", status=2)
+    assert all(name in message for name in ("--format", "onnx", "torch_export"))
+    with pytest.raises(ValueError, match="`format=caffe` is unknown: choose one of onnx, torch_export"):
+        export(saved_folder, tmp_path / "out", format="caffe")
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(saved_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    message = refusal(capsys, "--model_name_or_path", saved_folder, "--output_dir", tmp_path / "out")
-    assert "pip install onnxscript" in message
+    message = refusal(capsys, saved_folder, "--output_dir", tmp_path / "out")
+    assert message == 'error: The package onnxscript is missing: python -m pip install "hpool-vit[export]"\n'
 
 
-def test_wrong_input_to_the_onnx_example_is_refused_in_one_line(exported, photos, tmp_path):
+def test_wrong_input_to_the_exported_program_is_refused_in_one_line(exported, photos, tmp_path):
     text = tmp_path / "text.jpg"
     text.write_text("This is no picture.")
     image = photos / "ant" / "0.png"
     for flags, part in (
-        (("--model_dir", tmp_path, image), "preprocessor_config.json"),
-        (("--model_dir", exported[0], "--model_name", "other.onnx", image), "other.onnx"),
-        (("--model_dir", exported[0], text), "text.jpg"),
-        (("--model_dir", exported[0], tmp_path / "gone.jpg"), "gone.jpg"),
-        (("--model_dir", exported[0], "--image_size", 64, image), "--dynamic_image_size"),
+        (("--model", tmp_path / "model.onnx", image), "preprocessor_config.json"),
+        (("--model", exported[0] / "other.onnx", image), "other.onnx"),
+        ((text,), "text.jpg"),
+        ((tmp_path / "gone.jpg",), "gone.jpg"),
+        (("--image_size", 64, image), "--dynamic_image_size"),
     ):
-        result = run_python(TOOLKIT / "export/predict_onnx.py", *flags, hide=HIDDEN, check=False)
+        result = run_python(exported[0] / "predict_onnx.py", *flags, hide=HIDDEN, check=False)
         assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
         assert result.stderr.startswith("error: ") and part in result.stderr
 
 
 @pytest.mark.slow
-def test_the_onnx_example_classifies_at_another_image_size(tmp_path, photos):
+def test_the_exported_program_classifies_at_another_image_size(tmp_path, photos):
     model = save(tmp_path / "model")
-    folder = export(tmp_path / "model", tmp_path / "onnx", "--dynamic_image_size")
+    folder = export(tmp_path / "model", tmp_path / "onnx", dynamic_image_size=True)
     file = photos / "bee" / "1.png"
-    flags = ("--model_dir", folder, "--image_size", 48, "--top_k", 1)
-    printed = run_python(TOOLKIT / "export/predict_onnx.py", *flags, file, hide=HIDDEN).stdout
+    flags = ("--image_size", 48, "--top_k", 1)
+    printed = run_python(folder / "predict_onnx.py", *flags, file, hide=HIDDEN).stdout
     image_processor = HPoolViTImageProcessorPil.for_config(tiny_model(image_size=48).config)
     images = image_processor(Image.open(file), return_tensors="pt")
     best = model(**images, interpolate_pos_encoding=True).logits.argmax().item()
