@@ -37,7 +37,7 @@ def claim_output_dir(output_dir: Path):
 def compute_metrics(prediction) -> dict[str, float]:
     import evaluate
 
-    from hpool_vit.toolkit.training.report import METRICS
+    from hpool_vit.toolkit.training.evaluation import METRICS
 
     metric = evaluate.load(str(METRICS / "topk_accuracy"))
     return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)

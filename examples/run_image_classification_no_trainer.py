@@ -1,10 +1,11 @@
 """
-Trains or fine-tunes HPool-ViT for image classification with a plain loop on Accelerate, for those who change the loop.
+Train or fine-tune an HPool-ViT for image classification with a plain Accelerate loop that you can change.
 
-    python run_image_classification_no_trainer.py configs/digits.yaml
+    python examples/run_image_classification_no_trainer.py examples/configs/digits.yaml
+    accelerate launch examples/run_image_classification_no_trainer.py --train_dir photos --preset hvt-s-1
 
-Flags, recipes, data and results are those of run_image_classification.py. The same command goes on from the last
-complete checkpoint in --output_dir. Under torchrun or `accelerate launch` it runs on many processes.
+Flags, recipes, data and results are those of `hpool-vit train`. The same command resumes from the last complete
+checkpoint in --output_dir.
 """
 
 import contextlib
@@ -21,13 +22,16 @@ from accelerate import Accelerator, skip_first_batches
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from hpool_vit.toolkit.shared.console import run as run_script
 from hpool_vit.toolkit.training.arguments import DEFAULTS
 from hpool_vit.toolkit.training.checkpoints import find_last_checkpoint
+from hpool_vit.toolkit.training.optimization import make_optimizer
+from hpool_vit.toolkit.training.report import write_report
 from hpool_vit.toolkit.training.run import TrainingRun, TrainingStopped, is_due, run_program
 
 
-# What of `TrainingArguments` this loop heeds; the others are refused rather than ignored.
-HEEDED = {
+# The fields of `TrainingArguments` that this loop uses. It refuses the others instead of ignoring them.
+USED = {
     "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "data_seed", "dataloader_num_workers", "dataloader_pin_memory",
     "ddp_backend", "ddp_timeout",
     "disable_tqdm", "eval_steps", "eval_strategy", "fp16", "gradient_accumulation_steps", "label_smoothing_factor",
@@ -40,7 +44,7 @@ HEEDED = {
 
 @dataclass
 class Progress:
-    """How far the training is; a part of every checkpoint."""
+    """How far the training is. Every checkpoint contains it."""
 
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -57,7 +61,7 @@ class Loop:
 
     def __init__(self, run: TrainingRun):
         self.run, self.training = run, run.args.training
-        # None: what `accelerate launch` was told.
+        # With None, `accelerate launch` decides.
         precision = "bf16" if self.training.bf16 else "fp16" if self.training.fp16 else None
         trackers = [name for name in self.training.report_to if name != "none"]
         self.accelerator = Accelerator(
@@ -66,7 +70,8 @@ class Loop:
             log_with=trackers or None,
             project_dir=self.training.output_dir,
         )
-        self.model, self.optimizer = self.accelerator.prepare(run.model, run.make_optimizer(run.model))
+        optimizer = make_optimizer(run.model, run.learning_rate, run.args.recipe, self.training)
+        self.model, self.optimizer = self.accelerator.prepare(run.model, optimizer)
         run.model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.max_steps = self.training.max_steps
         if self.max_steps <= 0:
@@ -89,7 +94,7 @@ class Loop:
         if checkpoint is not None:
             self.accelerator.load_state(str(checkpoint))
         run.start_average(run.model, checkpoint)
-        run.speed(self.progress.step)
+        run.speed.measure(self.progress.step)
         start, first_step = time.perf_counter(), self.progress.step
         progress_bar = tqdm(total=self.max_steps, initial=first_step, desc="training", disable=run.is_quiet)
         while self.progress.step < self.max_steps:
@@ -109,7 +114,7 @@ class Loop:
         }
 
     def epoch(self) -> Iterator[list[dict[str, Any]]]:
-        """What is left of the current epoch: for each step of the optimiser its batches."""
+        """The rest of the current epoch: the batches of each step of the optimizer."""
         epoch, done = divmod(self.progress.step, self.run.steps_per_epoch)
         self.run.begin_epoch(epoch)
         accumulated = self.training.gradient_accumulation_steps
@@ -120,7 +125,7 @@ class Loop:
         self.model.train()
         self.run.begin_step(self.progress.step)
         for number, batch in enumerate(micro_batches, start=1):
-            names = self.run.take_names(batch)
+            names = self.run.records.take_names(batch)
             batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             is_last = number == len(micro_batches)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -144,8 +149,8 @@ class Loop:
             loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
             self.losses.clear()
             rate = self.scheduler.get_last_lr()[0]
-            self.log({"loss": loss, "learning_rate": rate, **self.run.speed(step)})
-        # The last evaluation is that of the results.
+            self.log({"loss": loss, "learning_rate": rate, **self.run.speed.measure(step)})
+        # After the last step, `train` evaluates.
         if (
             is_due(training.eval_strategy, training.eval_steps or training.logging_steps, step, per_epoch)
             and not is_last
@@ -162,10 +167,11 @@ class Loop:
             tqdm.write(json.dumps(self.progress.history[-1]))
 
     def evaluate(self) -> dict[str, float]:
-        metrics = {f"eval_{name}": value for name, value in self.run.evaluate(self.model, self.accelerator).items()}
-        if self.run.average:
-            with self.run.average.applied():
-                averaged = self.run.evaluate(self.model, self.accelerator)
+        evaluate, average = self.run.evaluator.evaluate, self.run.average
+        metrics = {f"eval_{name}": value for name, value in evaluate(self.model, self.accelerator).items()}
+        if average:
+            with average.applied():
+                averaged = evaluate(self.model, self.accelerator)
             metrics |= {f"eval_ema_{name}": value for name, value in averaged.items()}
         self.log(metrics)
         return metrics
@@ -193,25 +199,22 @@ def groups_of(batches: Iterable[Any], number: int) -> Iterator[list[Any]]:
         yield group
 
 
-def refuse_unheeded(run: TrainingRun):
-    """Raises `TrainingStopped` for a flag of `TrainingArguments` that only the Trainer heeds."""
+def refuse_unused(run: TrainingRun):
+    """Raises `TrainingStopped` for a flag of `TrainingArguments` that only the Trainer uses."""
     for name, value in run.args.given.items():
-        if hasattr(run.args.training, name) and name not in HEEDED and value != DEFAULTS.get(name):
-            raise TrainingStopped(
-                f"--{name} is heeded by the Trainer only: use run_image_classification.py, or leave it out."
-            )
+        if hasattr(run.args.training, name) and name not in USED and value != DEFAULTS.get(name):
+            raise TrainingStopped(f"--{name} works only with the Trainer: use `hpool-vit train`, or leave it out.")
 
 
 def train(run: TrainingRun):
-    refuse_unheeded(run)
+    refuse_unused(run)
     checkpoint = find_last_checkpoint(run.output_dir)
-    run.start()
-    run.resume(checkpoint)
+    run.start(checkpoint)
     loop = Loop(run)
     metrics = loop.train(checkpoint)
     with run.final_weights():
         loop.save_model(run.output_dir)
-        run.report(loop.model, loop.accelerator, metrics, loop.progress.history)
+        write_report(run, loop.model, loop.accelerator, metrics, loop.progress.history)
     if run.is_main_process:
         (run.output_dir / "all_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
     loop.accelerator.wait_for_everyone()
@@ -219,7 +222,7 @@ def train(run: TrainingRun):
 
 
 def main(argv: list[str] | None = None):
-    run_program(__doc__, train, argv)
+    run_script(lambda: run_program(train, argv, introduction=__doc__.strip()))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/bin/bash
-# 2 machines with 8 GPUs each under Slurm: one task per machine, which starts a process per GPU.
+# 2 machines with 8 GPUs each under Slurm: one task per machine, which starts one process per GPU.
 #
-#     sbatch examples/accelerate/slurm_2x8_gpus.sh examples/run_image_classification.py \
+#     sbatch examples/accelerate/slurm_2x8_gpus.sh -m hpool_vit.toolkit.command train \
 #         --preset hvt-s-1 --dataset_name imagenet-1k --output_dir /shared/outputs/hvt-s-1
 #
-# To be submitted from the repository's root, on a disk that both machines see, in an environment in which `accelerate`
-# is found. A job that is stopped is submitted again, and goes on from the last checkpoint in --output_dir.
-# Checked here with a stand-in for Slurm and CPU processes only.
+# Submit it from the root of the repository, on a disk that both machines see, in an environment that has `accelerate`.
+# If the job stops, submit it again: it resumes from the last checkpoint in --output_dir.
+# Tested with a stand-in for Slurm and CPU processes only.
 
 #SBATCH --job-name=hpool-vit
 #SBATCH --nodes=2
@@ -19,10 +19,10 @@
 set -euo pipefail
 
 first_machine=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-# One port per job, in case another one runs on the same machines.
+# One port per job, because another job may run on the same machines.
 port=$((20000 + SLURM_JOB_ID % 10000))
 
-# SLURM_NODEID differs between the tasks, hence the single quotes: each task fills it in.
+# The single quotes let each task fill in its own SLURM_NODEID.
 srun --kill-on-bad-exit=1 bash -c '
     exec accelerate launch --config_file examples/accelerate/2x8_gpus.yaml \
         --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" \

@@ -1,6 +1,6 @@
-"""Runs a program with Accelerate's FSDP on CPU processes, which Accelerate by itself would leave out.
+"""Runs a program with Accelerate's FSDP in CPU processes, where Accelerate would otherwise skip it.
 
-torchrun … fsdp_on_cpu.py PROGRAM ARGUMENTS
+torchrun … fsdp_on_cpu.py [-m MODULE | PROGRAM] ARGUMENTS
 """
 
 import os
@@ -15,12 +15,13 @@ from accelerate.utils import DistributedType
 def main():
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     torch.distributed.init_process_group("gloo")
-    # What it would be on a machine with GPUs, where FSDP is not left out.
+    # The result on a machine with GPUs, where Accelerate does not skip FSDP.
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
-    sys.argv = sys.argv[1:]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    is_module = sys.argv[1] == "-m"
+    sys.argv = sys.argv[2 if is_module else 1 :]
+    run = runpy.run_module if is_module else runpy.run_path
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        run(sys.argv[0], run_name="__main__")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -2,7 +2,7 @@
 
     python train.py FOLDER OUTPUT STEPS [--remote] [--batch_size N] [--resume]
 
-`--remote` loads the code of the folder instead of the package. Runs on one process, or on many under torchrun.
+`--remote` loads the code in the folder instead of the package. Runs in one process, or in many under torchrun.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """
-Batches of images for training and validation, from any source of `image_sources`.
+Batches of images for training and validation, from any source of `sources`.
 
-What an image looks like in an epoch depends on the seed, the epoch and the image alone: never on the number of workers
-and processes, on what was read before, or on PyTorch's global random numbers, which are left as they were.
+What an image looks like in an epoch depends only on the seed, the epoch and the image. It does not depend on the
+number of workers and processes, on the images read before, or on PyTorch's global random numbers, which do not change.
 """
 
 import zlib
@@ -10,16 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from ..shared.console import needs
 from ..shared.images import BadImageError, BadImages, DataError, TooManyBadImagesError, decode_image, read_image
 from .sources import DataArguments, ImageData, ImageSource
 
+
+with needs("train"):
+    from datasets.distributed import split_dataset_by_node
 
 # The label that Transformers and PyTorch leave out of loss and metrics.
 IGNORED_LABEL = -100
@@ -40,20 +45,20 @@ def make_train_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """
-    The loader of one process for training. Every epoch has `num_images // (batch_size * world_size)` batches in every
-    process; call `set_epoch` before each. Process r of W has batch r of every W, so that one process with twice the
-    batch sees the same images per step as two.
+    The training loader of one process. Every epoch has `num_images // (batch_size * world_size)` batches in every
+    process; call `set_epoch` before each epoch. Process r of W gets batch r of every W, so two processes see the same
+    images per step as one process with twice the batch.
 
-    A batch is a dict: `pixel_values` (batch_size, channels, height, width), `labels` (batch_size,) or what `mix` makes
-    of them, `names` of the files, and `bad_images`, the records found while it was made, for `BadImages.add`. In place
-    of a bad image comes the next one of the table or of the stream.
+    A batch is a dict: `pixel_values` (batch_size, channels, height, width), `labels` (batch_size,) or whatever `mix`
+    makes of them, `names` of the files, and `bad_images`, the records found while the batch was made; `BatchRecords`
+    removes the last two. The next image of the table or stream replaces a bad one.
 
-    A stream is shuffled over its shards and a buffer, and shared out by shards where their number allows it. Each
-    worker yields the same number of batches and begins its shards again if they run out, so with several workers or
-    processes, and shards of unequal size, an epoch has some images twice and others not.
+    A stream is shuffled over its shards and a buffer, and split between processes by shards if there are enough of
+    them. Each worker yields the same number of batches and starts its shards again if they run out. With several
+    workers or processes and shards of unequal size, an epoch therefore repeats some images and skips others.
 
     Args:
-        transform: from an RGB image to a float tensor; may draw from PyTorch's random numbers.
+        transform: from an RGB image to a float tensor; may use PyTorch's random numbers.
         repeats: repeated augmentation: an epoch has `1 / repeats` of the images, each `repeats` times.
         mix: from `pixel_values` and `labels` of a batch to both, such as torchvision's `MixUp`.
 
@@ -91,9 +96,9 @@ def make_validation_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """
-    The loader of one process for validation, with batches as in training. Over all processes each image comes exactly
-    once. A bad image is a black one with the label -100. So is what fills up the last batches of a table, so that
-    every process has as many; of a stream, processes may have different numbers of batches.
+    The validation loader of one process, with batches as in training. All processes together see each image exactly
+    once. A black image with the label -100 replaces a bad one. The same images fill up the last batches of a table, so
+    that every process has the same number; processes that read a stream may have different numbers of batches.
     """
     source = data.validation
     reader = ImageReader(source, args, transform)
@@ -116,8 +121,8 @@ def make_loader(dataset, num_workers: int, **options) -> DataLoader:
 
 def set_epoch(loader: DataLoader, epoch: int):
     """
-    Sets the epoch, from 0, that the next iteration over the training loader is; also for the loaders that
-    `accelerate.skip_first_batches` has made or will make of it.
+    Sets the epoch, counted from 0, of the next iteration over the training loader, and over the loaders that
+    `accelerate.skip_first_batches` makes of it, before or after this call.
     """
     target = loader.dataset
     if not isinstance(target, IterableDataset):
@@ -133,7 +138,7 @@ def random_seed(*numbers: int) -> int:
 
 @contextmanager
 def seeded(*numbers: int):
-    """Random numbers that depend on `numbers` alone, from PyTorch's generator on the CPU, which is put back after."""
+    """Random numbers that depend only on `numbers`, from PyTorch's CPU generator, which is restored afterwards."""
     state = torch.get_rng_state()
     # Not `torch.manual_seed`, which seeds the accelerators too.
     torch.default_generator.manual_seed(random_seed(*numbers))
@@ -145,7 +150,7 @@ def seeded(*numbers: int):
 
 @dataclass
 class Collate:
-    """Makes a batch of the samples, and mixes it under a seed that the key of its first sample decides."""
+    """Makes a batch of samples, and mixes it with a seed that depends on the key of its first sample."""
 
     mix: Callable | None = None
     seed: int = 0
@@ -166,7 +171,7 @@ class Collate:
 
 @dataclass
 class ImageReader:
-    """Makes samples of encoded images."""
+    """Turns encoded images into samples."""
 
     source: ImageSource
     args: DataArguments
@@ -180,7 +185,7 @@ class ImageReader:
             image, note = decode_image(read_image(example[self.source.image_column]))
         except BadImageError as error:
             if self.args.on_bad_image == "fail":
-                raise BadImageError(f"{name} is {error} (--on_bad_image fail)") from error
+                raise BadImageError(f"{name} is {error} (`on_bad_image='fail'`)") from error
             return name, None, [{"name": name, "kind": "skipped", "reason": str(error)}]
         return name, image, [{"name": name, "kind": "converted", "reason": note}] if note else []
 
@@ -199,10 +204,46 @@ class ImageReader:
         return {"pixel_values": pixel_values, "label": IGNORED_LABEL, "name": name, "bad_images": records}
 
 
+class BatchRecords:
+    """
+    Removes everything that is not a tensor from the batches, and collects the records of bad images.
+
+    Args:
+        max_bad_images: how many images may be skipped.
+    """
+
+    def __init__(self, max_bad_images: int):
+        self.max_bad_images, self.bad_images = max_bad_images, BadImages()
+
+    def take_names(self, batch: dict[str, Any]) -> list[str]:
+        """
+        Removes `names`, which it returns, and `bad_images` from a batch.
+
+        Raises:
+            TooManyBadImagesError: if more than `max_bad_images` files were skipped.
+        """
+        self.bad_images.add(batch.pop("bad_images"))
+        self.bad_images.check(self.max_bad_images)
+        return batch.pop("names")
+
+    def read(self, path: Path):
+        """Adds the records of an earlier run."""
+        self.bad_images.add(BadImages.read(path).records.values())
+
+    def write(self, path: Path, is_main_process: bool):
+        """Writes the records of all processes into one file; every process calls this."""
+        from accelerate.utils import gather_object  # the loaders do without it
+
+        records = gather_object(list(self.bad_images.records.values()))
+        if is_main_process:
+            self.bad_images.add(records)
+            self.bad_images.write(path)
+
+
 class EpochBatches:
     """
-    The batches of one process: lists of keys (epoch, position, repeat), in which a worker that lives on reads the
-    epoch.
+    The batches of one process: lists of keys (epoch, position, repeat). The epoch is part of the key because workers
+    outlive an epoch.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int, rank: int, world_size: int):
@@ -216,7 +257,7 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         epoch, total = self.epoch, self.batch_size * self.world_size
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images).tolist()
-        # The repeats of an image lie far apart in a batch, because `MixUp` mixes neighbours.
+        # The repeats of an image lie far apart in a batch, because `MixUp` mixes neighbors.
         width = -(-total // self.repeats)
         chunks = (order[start : start + width] for start in range(0, self.num_images, width))
         keys = ((epoch, position, repeat) for chunk in chunks for repeat in range(self.repeats) for position in chunk)
@@ -226,7 +267,7 @@ class EpochBatches:
 
 
 class TrainImages(Dataset):
-    """The images of a table by the keys of `EpochBatches`."""
+    """The images of a table, by the keys of `EpochBatches`."""
 
     def __init__(self, reader: ImageReader):
         self.reader = reader
@@ -246,11 +287,11 @@ class TrainImages(Dataset):
                 pixel_values, label = reader.augmented(key, image), int(source.labels[position])
                 records = list(bad_images.records.values())
                 return {"key": key, "pixel_values": pixel_values, "label": label, "name": name, "bad_images": records}
-        raise TooManyBadImagesError(f"None of the {source.num_images} images of {source.description} can be read.")
+        raise TooManyBadImagesError(f"None of the {source.num_images} images in {source.description} can be read.")
 
 
 class ValidationImages(Dataset):
-    """The images of a table by their position; behind the last one come placeholders."""
+    """The images of a table by their position; placeholders follow the last one."""
 
     def __init__(self, reader: ImageReader):
         self.reader = reader
@@ -267,7 +308,7 @@ class ValidationImages(Dataset):
 
 
 class TrainStream(IterableDataset):
-    """One process's share of a stream, of which every worker yields a fixed number of whole batches."""
+    """One process's share of a stream; every worker yields a fixed number of full batches."""
 
     def __init__(
         self, reader: ImageReader, batch_size: int, num_batches: int, repeats: int, rank: int, world_size: int
@@ -282,12 +323,12 @@ class TrainStream(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         index, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # The loader takes a batch from each worker in turn, beginning with the first.
+        # The loader takes a batch from each worker in turn, starting with the first.
         share = self.batch_size * len(range(index, self.num_batches, num_workers))
         return islice(self.samples(share), share)
 
     def samples(self, share: int) -> Iterator[dict]:
-        """Endless samples, of which an epoch takes `share`: the shards of this worker, again and again."""
+        """Endless samples from the shards of this worker, read again and again; an epoch takes `share` of them."""
         reader, source, bad_images, records = self.reader, self.reader.source, BadImages(), []
         for lap, examples in enumerate(self.laps(share)):
             found = lap == 0
@@ -309,7 +350,7 @@ class TrainStream(IterableDataset):
 
     def laps(self, share: int) -> Iterator[Iterator[dict]]:
         """One iterator after another over this worker's shards, each shuffled anew."""
-        # With repeats, an epoch has one part of the stream, and the next epoch the part behind it.
+        # With repeats, an epoch uses one part of the stream, and the next epoch the following part.
         first_epoch, part = self.epoch // self.repeats, self.epoch % self.repeats
         start = part * -(-share // self.repeats)
         for lap in count():
@@ -320,7 +361,7 @@ class TrainStream(IterableDataset):
             start = 0
 
     def repeated(self, examples: Iterator[dict]) -> Iterator[tuple[dict, int]]:
-        # As in `EpochBatches`, repeats do not lie side by side.
+        # As in `EpochBatches`, repeats are not neighbors.
         width = -(-self.batch_size // self.repeats)
         while chunk := list(islice(examples, width)):
             yield from ((example, repeat) for repeat in range(self.repeats) for example in chunk)
@@ -340,9 +381,9 @@ class ValidationStream(IterableDataset):
 
 
 def read_share(source: ImageSource, rank: int, world_size: int) -> Iterator[dict]:
-    """The encoded images of one process, and of one worker where it runs in one."""
+    """The encoded images of one process, or of one of its workers if it runs in a worker."""
     try:
         yield from split_dataset_by_node(source.dataset, rank, world_size)
-    # Archives, Parquet files, servers: their errors have no class in common.
+    # Archives, Parquet files and servers: their errors have no common class.
     except Exception as error:
-        raise DataError(f"{source.description} cannot be read to its end: {type(error).__name__}: {error}") from error
+        raise DataError(f"{source.description} cannot be read to the end: {type(error).__name__}: {error}") from error

@@ -1,6 +1,6 @@
 """
-Where the images to train and to validate on lie: the embedded digits, a data set of the Hub, folders, Parquet or
-WebDataset files; as a table or as a stream. Nothing is decoded here; `image_data` does that batch by batch.
+Find the images for training and validation: the built-in digits, a dataset on the Hub, folders, Parquet files or
+WebDataset archives, as a table or as a stream. `loaders` decodes them, batch by batch.
 """
 
 import glob
@@ -13,85 +13,91 @@ from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
-import pyarrow.parquet
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
-from sklearn.model_selection import train_test_split
-from torchvision.datasets.folder import find_classes, make_dataset
 
+from ..shared.console import needs
 from ..shared.images import DataError
 from .digits import load_digits_dataset
+
+
+with needs("train"):
+    import pyarrow.parquet
+    from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
+    from sklearn.model_selection import train_test_split
+    from torchvision.datasets.folder import find_classes, make_dataset
 
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls")
 FILE_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
-# A table becomes a stream of at most this many pieces, which processes and workers share out.
+# A table becomes a stream of at most this many pieces, which are split between processes and workers.
 SHARDS_OF_A_TABLE = 64
 
 
 @dataclass
 class DataArguments:
-    """Where the images lie and how they are read. One of `dataset_name`, `train_dir` and `train_files` is needed."""
+    """Where the images are and how to read them. One of `dataset_name`, `train_dir` and `train_files` is required."""
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Data set of the Hub, folder that `datasets.load_dataset` takes, or digits (embedded)."},
+        metadata={"help": "Dataset on the Hub, folder that `datasets.load_dataset` reads, or digits (built in)."},
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of training images with one sub-folder per class."}
+        default=None, metadata={"help": "Folder of training images, with one sub-folder per class."}
     )
-    validation_dir: str | None = field(default=None, metadata={"help": "The same with the validation images."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation images."})
     train_files: list[str] | None = field(
-        default=None, metadata={"help": "Parquet files or WebDataset tar files of training images; globs are allowed."}
+        default=None, metadata={"help": "Parquet files or WebDataset tar files of training images. Globs are allowed."}
     )
-    validation_files: list[str] | None = field(default=None, metadata={"help": "The same with the validation images."})
+    validation_files: list[str] | None = field(default=None, metadata={"help": "The same for validation images."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str | None = field(
         default=None,
-        metadata={"help": f"Split to validate on. Default: the first of {', '.join(VALIDATION_SPLITS)} there is."},
+        metadata={"help": f"Split to validate on. Default: the first that exists of {', '.join(VALIDATION_SPLITS)}."},
     )
     validation_share: float = field(
         default=0.1,
-        metadata={"help": "Share of each class's training images to validate on if there are no other images."},
+        metadata={"help": "Share of the training images of each class to validate on if there are no others."},
     )
     image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images. Default: the only one that holds images."}
+        default=None, metadata={"help": "Column of the images. Default: the only column that holds images."}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels. Default: the only one that holds named classes."}
+        default=None, metadata={"help": "Column of the labels. Default: the only column that holds named classes."}
     )
     class_names: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the labels 0, 1, … Needed for a stream whose labels have no names."},
+        metadata={"help": "Names of the labels 0, 1, … Required for a stream whose labels have no names."},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the data while training, for data larger than the disk."}
+        default=False, metadata={"help": "Read the data during training, without a copy on the disk."}
     )
     shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Images that each worker holds to draw the next one of a stream from."}
+        default=1000, metadata={"help": "Number of images of a stream from which each worker draws the next one."}
     )
     num_train_images: int | None = field(
         default=None,
-        metadata={"help": "Images in an epoch of a stream. Needed if their number is unknown, as for tar files."},
+        metadata={"help": "Number of images in an epoch of a stream. Required if it is unknown, as for tar files."},
     )
     max_train_images: int | None = field(
-        default=None, metadata={"help": "Train on so many random images only; of a stream, the first ones."}
+        default=None, metadata={"help": "Train on this number of random images only; of a stream, on the first ones."}
     )
     max_validation_images: int | None = field(default=None, metadata={"help": "The same for validation."})
     on_bad_image: Literal["skip", "fail"] = field(
         default="skip",
-        metadata={"help": "Whether an unreadable, truncated, animated, enormous or 1-pixel image ends the run."},
+        metadata={"help": "What to do with an unreadable, truncated, animated, enormous or 1-pixel image."},
     )
-    max_bad_images: int = field(default=100, metadata={"help": "Stop when more images than this are skipped."})
+    max_bad_images: int = field(default=100, metadata={"help": "Stop if more images than this are skipped."})
+
+    _argument_group_name = "data (one of --dataset_name, --train_dir and --train_files is required)"
 
 
 @dataclass
 class ImageSource:
     """
-    Encoded images with labels. A table has the `rows` that are used of it and their `labels`; a stream has neither,
-    and may not know its `num_images`.
+    Encoded images with labels. A table has the `rows` that are used and their `labels`; a stream has neither, and its
+    `num_images` may be unknown.
     """
 
     dataset: Dataset | IterableDataset
@@ -109,7 +115,7 @@ class ImageSource:
         return isinstance(self.dataset, IterableDataset)
 
     def name(self, example: dict, row: int | None = None) -> str:
-        """The image's file. Without one: its row in a table, or in a stream the CRC-32 of its bytes."""
+        """The file of an image. Without a file: its row in a table, or the CRC-32 of its bytes in a stream."""
         image = example[self.image_column] or {}
         if image.get("path"):
             return "/".join(filter(None, [os.path.basename(example.get("__url__") or ""), image["path"]]))
@@ -118,29 +124,29 @@ class ImageSource:
         return f"{self.split}[{row}]"
 
     def label(self, value: Any, name: str) -> int:
-        """The number of the class for which the label column of the image `name` has `value`."""
+        """The class that `value` stands for in the label column; `name` is the image."""
         if value not in self.label_ids:
             raise DataError(
-                f"{name} has the label {value!r} in the column {self.label_column!r}, which is none of "
-                f"{some(self.label_ids)}: repair the label, or choose another column or split."
+                f"{name} has the label {value!r} in the column {self.label_column!r}, which is not one of "
+                f"{some(self.label_ids)}: correct the label, or choose another column or split."
             )
         return self.label_ids[value]
 
     def select(self, positions: np.ndarray) -> "ImageSource":
-        """The table with only these of its rows."""
+        """The table with only the rows at these positions."""
         return replace(self, num_images=len(positions), rows=self.rows[positions], labels=self.labels[positions])
 
 
 @dataclass
 class ImageData:
-    """What to train on, what to validate on, and the names of the classes."""
+    """Training images, validation images, and the names of the classes."""
 
     train: ImageSource
     validation: ImageSource
     class_names: list[str]
 
     def describe(self) -> dict:
-        """For a model card: the sources, their numbers of images (None: unknown), and the names of the classes."""
+        """For a model card: the sources, their numbers of images (None if unknown), and the names of the classes."""
         return {
             "train": self.train.description,
             "validation": self.validation.description,
@@ -152,11 +158,15 @@ class ImageData:
 
 def load_image_data(args: DataArguments, seed: int) -> ImageData:
     """
-    Finds the images, their columns and their classes. `seed` decides which images are for validation where that split
-    is made here, and which ones `max_train_images` and `max_validation_images` keep.
+    Finds the images, their columns and their classes.
+
+    Args:
+        args: where the images are.
+        seed: decides which training images become validation images if there are no others, and which images
+            `max_train_images` and `max_validation_images` keep.
 
     Raises:
-        DataError: in one line, for whatever is missing, empty or contradictory.
+        DataError: in one line, for anything that is missing, empty or contradictory.
     """
     check_arguments(args)
     splits = load_splits(args)
@@ -170,7 +180,7 @@ def load_image_data(args: DataArguments, seed: int) -> ImageData:
         if args.num_train_images:
             train.num_images = min(args.num_train_images, args.max_train_images or args.num_train_images)
         if train.num_images is None:
-            raise DataError("--num_train_images is needed: how many images this stream has is unknown.")
+            raise DataError("`num_train_images` is required: the number of images in this stream is unknown.")
     return ImageData(train, validation, class_names)
 
 
@@ -178,21 +188,21 @@ def check_arguments(args: DataArguments):
     for split, third in (("train", "dataset_name"), ("validation", "validation_split")):
         names = [name for name in (f"{split}_dir", f"{split}_files", third) if getattr(args, name)]
         if len(names) > 1:
-            raise DataError(f"{' and '.join(f'--{name} {getattr(args, name)}' for name in names)}: give only one.")
+            raise DataError(f"{' and '.join(f'`{name}={getattr(args, name)!r}`' for name in names)}: give only one.")
         if split == "train" and not names:
-            raise DataError("There are no data: give --dataset_name, --train_dir or --train_files.")
+            raise DataError("No data is given: set `dataset_name`, `train_dir` or `train_files`.")
     if args.validation_split and not args.dataset_name:
-        raise DataError(f"--validation_split {args.validation_split} is a split of --dataset_name: give that too.")
+        raise DataError(f"`validation_split={args.validation_split!r}` is a split of `dataset_name`: set that too.")
     if not 0 < args.validation_share < 1:
-        raise DataError(f"--validation_share {args.validation_share} must lie between 0 and 1.")
+        raise DataError(f"`validation_share={args.validation_share}` must be between 0 and 1.")
     if args.on_bad_image not in ("skip", "fail"):
-        raise DataError(f"--on_bad_image {args.on_bad_image} must be skip or fail.")
+        raise DataError(f"`on_bad_image={args.on_bad_image!r}` must be skip or fail.")
     if args.num_train_images and not args.streaming:
-        raise DataError(f"--num_train_images {args.num_train_images} is for --streaming: use --max_train_images.")
+        raise DataError(f"`num_train_images={args.num_train_images}` is for `streaming`: use `max_train_images`.")
     lowest = {"shuffle_buffer_size": 1, "num_train_images": 1, "max_train_images": 1, "max_validation_images": 1}
     for name, least in {**lowest, "max_bad_images": 0}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
-            raise DataError(f"--{name} {getattr(args, name)} must be at least {least}.")
+            raise DataError(f"`{name}={getattr(args, name)}` must be at least {least}.")
 
 
 def load_splits(args: DataArguments) -> dict[str, Dataset | IterableDataset]:
@@ -200,12 +210,12 @@ def load_splits(args: DataArguments) -> dict[str, Dataset | IterableDataset]:
         return {}
     if args.dataset_name == "digits":
         return load_digits_dataset()
-    flag = f"--dataset_name {args.dataset_name}"
-    return load(flag, args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+    argument = f"`dataset_name={args.dataset_name!r}`"
+    return load(argument, args.dataset_name, args.dataset_config_name, streaming=args.streaming)
 
 
 def open_source(args: DataArguments, split: str, splits: dict) -> ImageSource | None:
-    """The training or the validation images with their columns found; None if there are no validation images."""
+    """The training or the validation images, with their columns. None if there are no validation images."""
     directory, files, name = (getattr(args, f"{split}_{kind}") for kind in ("dir", "files", "split"))
     if directory:
         source = open_folder(directory, split)
@@ -217,20 +227,22 @@ def open_source(args: DataArguments, split: str, splits: dict) -> ImageSource | 
             if name is None:
                 return None
         if name not in splits:
-            raise DataError(f"--{split}_split {name}: {args.dataset_name} has the splits {some(splits)}.")
+            raise DataError(
+                f"`{split}_split={name!r}` does not exist: {args.dataset_name} has the splits {some(splits)}."
+            )
         source = ImageSource(splits[name], split, f"{args.dataset_name}, split {name}")
-        # Whoever published the data set may have noted it.
+        # The publisher of the dataset may have recorded it.
         source.num_images = getattr((splits[name].info.splits or {}).get(name), "num_examples", None) or None
     if not source.is_stream:
         source.num_images = len(source.dataset)
     if source.num_images == 0:
-        raise DataError(f"There are no images in {source.description}.")
+        raise DataError(f"{source.description} holds no images.")
     source.image_column = find_column(source, "image_column", args.image_column, Image, IMAGE_COLUMNS)
     source.label_column = find_column(source, "label_column", args.label_column, ClassLabel, LABEL_COLUMNS)
     label_feature = source.dataset.features[source.label_column]
     if not isinstance(label_feature, ClassLabel | Value):
         kind = type(label_feature).__name__
-        raise DataError(f"--label_column {source.label_column} of {source.description} holds no classes but {kind}.")
+        raise DataError(f"`label_column={source.label_column!r}` of {source.description} holds {kind}, not classes.")
     columns = {source.image_column, source.label_column, "__url__"}
     source.dataset = source.dataset.select_columns([name for name in source.dataset.features if name in columns])
     source.dataset = source.dataset.cast_column(source.image_column, Image(decode=False))
@@ -238,16 +250,16 @@ def open_source(args: DataArguments, split: str, splits: dict) -> ImageSource | 
 
 
 def open_folder(directory: str, split: str) -> ImageSource:
-    """A table of the paths: the images stay where they are."""
+    """A table of paths; the images stay where they are."""
     PIL.Image.init()
     endings = set(PIL.Image.registered_extensions())
     try:
-        # Hidden folders, such as those of notebooks, are no classes.
+        # Hidden folders, such as those of notebooks, are not classes.
         names = [name for name in find_classes(directory)[0] if not name.startswith(".")]
         label_ids = {name: label for label, name in enumerate(names)}
         files = make_dataset(directory, label_ids, is_valid_file=lambda path: Path(path).suffix.lower() in endings)
     except (OSError, ValueError) as error:
-        raise DataError(f"--{split}_dir {directory} needs one sub-folder per class with images: {error}") from error
+        raise DataError(f"`{split}_dir={directory!r}` needs one sub-folder of images per class: {error}") from error
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
     columns = {"image": [path for path, _ in files], "label": [label for _, label in files]}
     return ImageSource(Dataset.from_dict(columns, features=features), split, directory)
@@ -259,53 +271,53 @@ def open_files(patterns: list[str], split: str, streaming: bool) -> ImageSource:
         is_plain = "://" in pattern or os.path.isfile(pattern)
         found = [pattern] if is_plain else sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not found:
-            raise DataError(f"--{split}_files {pattern}: there is no such file.")
+            raise DataError(f"`{split}_files={pattern!r}` matches no file.")
         paths += found
     formats = {FILE_FORMATS.get(Path(path).suffix.lower()) for path in paths}
     if len(formats) > 1 or None in formats:
-        raise DataError(f"--{split}_files must all end in .parquet, or all in .tar: {some(paths)}.")
+        raise DataError(f"`{split}_files` must all end in .parquet, or all in .tar: {some(paths)}.")
     [file_format] = formats
-    # `datasets` takes a path as a pattern, and reads names of splits out of it unless it is told the split.
+    # `datasets` reads a path as a pattern, and finds names of splits in it unless the split is given.
     data_files = {split: [path if "://" in path else glob.escape(path) for path in paths]}
-    flag = f"--{split}_files {some(patterns)}"
-    dataset = load(flag, file_format, data_files=data_files, split=split, streaming=streaming)
+    argument = f"`{split}_files={some(patterns)}`"
+    dataset = load(argument, file_format, data_files=data_files, split=split, streaming=streaming)
     source = ImageSource(dataset, split, some(patterns))
     if source.is_stream and file_format == "parquet" and not any("://" in path for path in paths):
         source.num_images = sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
-        # One shard per row group instead of per file; older versions of `datasets` cannot.
+        # One shard per row group instead of one per file, if the version of `datasets` can do that.
         source.dataset = dataset.reshard() if hasattr(dataset, "reshard") else dataset
     return source
 
 
-def load(flag: str, *args, **kwargs):
-    """`datasets.load_dataset` with one line for everything that goes wrong: its errors have no class in common."""
+def load(argument: str, *args, **kwargs):
+    """`datasets.load_dataset` with one line for everything that can go wrong: its errors have no common class."""
     try:
         return load_dataset(*args, **kwargs)
     except Exception as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise DataError(f"{flag} cannot be loaded: {reason or type(error).__name__}") from error
+        raise DataError(f"{argument} cannot be loaded: {reason or type(error).__name__}") from error
 
 
 def find_column(source: ImageSource, field_name: str, given: str | None, feature_class: type, usual: tuple) -> str:
-    """The given column; else the only one of the class; else the only one that has a usual name."""
+    """The given column, otherwise the only one of the class, otherwise the only one with a usual name."""
     features = source.dataset.features or {}
     if given in features:
         return given
     candidates = [name for name, feature in features.items() if isinstance(feature, feature_class)]
     candidates = candidates or [name for name in features if name in usual]
-    # Validation images from elsewhere may have other columns.
+    # Validation images from another source may have other columns.
     if len(candidates) == 1 and (given is None or source.split == "validation"):
         return candidates[0]
-    problem = f"{given} is not among them" if given else "must name one of them"
+    problem = f"`{field_name}={given!r}` is not one of them" if given else f"`{field_name}` must name one of them"
     columns = some(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-    raise DataError(f"The columns of {source.description} are {columns}: --{field_name} {problem}.")
+    raise DataError(f"The columns of {source.description} are {columns}: {problem}.")
 
 
 def label_sources(train: ImageSource, validation: ImageSource | None, class_names: list[str] | None) -> list[str]:
-    """Numbers the classes of both in the same way, reads the labels of tables, and returns the classes' names."""
+    """Numbers the classes of both in the same way, reads the labels of tables, and returns the class names."""
     train.label_ids, own_names = number_classes(train, class_names)
     if class_names and len(class_names) != len(own_names):
-        raise DataError(f"--class_names has {len(class_names)} names, and the data have {len(own_names)} classes.")
+        raise DataError(f"`class_names` has {len(class_names)} names, but the data has {len(own_names)} classes.")
     if validation is not None:
         feature = validation.dataset.features[validation.label_column]
         if not isinstance(feature, ClassLabel):
@@ -327,7 +339,7 @@ def label_sources(train: ImageSource, validation: ImageSource | None, class_name
 
 
 def number_classes(source: ImageSource, class_names: list[str] | None) -> tuple[dict[Any, int], list[str]]:
-    """The number of each value of the label column, and the names that the data have for the classes."""
+    """The number of each value in the label column, and the names of the classes in the data."""
     feature = source.dataset.features[source.label_column]
     if isinstance(feature, ClassLabel):
         return {label: label for label in range(feature.num_classes)}, feature.names
@@ -335,7 +347,7 @@ def number_classes(source: ImageSource, class_names: list[str] | None) -> tuple[
         values = class_names if feature.dtype in ("string", "large_string") else range(len(class_names))
         return {value: label for label, value in enumerate(values)}, class_names
     if source.is_stream:
-        raise DataError(f"--class_names is needed: the column {source.label_column!r} of this stream has no names.")
+        raise DataError(f"`class_names` is required: the column {source.label_column!r} of this stream has no names.")
     values = sorted(set(source.dataset[source.label_column][:]) - {None})
     return {value: label for label, value in enumerate(values)}, [str(value) for value in values]
 
@@ -344,7 +356,7 @@ def split_source(train: ImageSource, share: float, seed: int) -> tuple[ImageSour
     """Takes a share of each class for validation."""
     if train.is_stream:
         raise DataError(
-            "A stream cannot be split for validation: give --validation_dir, --validation_files or --validation_split."
+            "A stream cannot be split for validation: set `validation_dir`, `validation_files` or `validation_split`."
         )
     # At least one image of each class.
     size = max(round(share * train.num_images), len(set(train.labels)))
@@ -354,7 +366,7 @@ def split_source(train: ImageSource, share: float, seed: int) -> tuple[ImageSour
         )
     except ValueError as error:
         raise DataError(
-            f"--validation_share {share} cannot be taken from each class of {train.description}: {error}"
+            f"`validation_share={share}` cannot be taken from each class of {train.description}: {error}"
         ) from error
     description = f"{size} images of {train.description}, stratified, seed {seed}"
     return train.select(np.sort(kept)), replace(train.select(np.sort(taken)), description=description)

@@ -1,0 +1,1 @@
+"""Training and fine-tuning: the command `hpool-vit train`, and the recipes, metrics and checkpoints behind it."""

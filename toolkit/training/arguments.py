@@ -1,24 +1,28 @@
 """
-The flags of the training programs: one parser, in which a recipe sets defaults, a configuration file overrides the
-recipe, and flags override both.
+The flags of the training programs. A recipe sets defaults, a configuration file overrides the recipe, and flags
+override both.
 """
 
+import argparse
 import difflib
+import shlex
 import sys
-from argparse import SUPPRESS, ArgumentError
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+from transformers.integrations import is_tensorboard_available
 
 from ..data.sources import DataArguments
-from .model import ModelArguments
-from .recipes import RECIPES, RecipeArguments
+from ..shared.console import NotStartedError
+from .model import CONFIG_FIELDS, ModelArguments
+from .recipes import RECIPES, RecipeArguments, check_recipe
 
 
-# What the training programs do unless they are told otherwise; the other defaults are those of `TrainingArguments`.
+# Defaults of the training programs; all others are those of `TrainingArguments`.
 DEFAULTS = {
     "output_dir": "outputs/training",
     "optim": "adamw_torch",
@@ -29,35 +33,37 @@ DEFAULTS = {
     "save_total_limit": 2,
     "logging_steps": 10,
     "per_device_eval_batch_size": 64,
-    "report_to": ["tensorboard"],
-    # Unequal processes would see images a second time.
+    "report_to": ["tensorboard"] if is_tensorboard_available() else [],
+    # Processes with different numbers of images would see some of them twice.
     "dataloader_drop_last": True,
-    # The transforms and the loss need what the model's `forward` does not take.
+    # The transforms and the loss need more than the arguments of the model's `forward`.
     "remove_unused_columns": False,
     "ddp_find_unused_parameters": False,
 }
-# Fields of `TrainingArguments` for which the programs have a way of their own.
+# Fields of `TrainingArguments` that the programs decide themselves.
 WITHOUT_EFFECT = {
     "optim": "the recipes use AdamW",
     "optim_args": "the recipes use AdamW",
     "optim_target_modules": "the recipes use AdamW",
-    "resume_from_checkpoint": "the last complete checkpoint in --output_dir is found",
-    "save_only_model": "a run could not go on from such checkpoints",
-    "ignore_data_skip": "a run that goes on would see other images",
-    "auto_find_batch_size": "the images per step are a part of the recipe",
-    **dict.fromkeys(("dataloader_drop_last", "train_sampling_strategy"), "an epoch has only full batches, shuffled"),
+    "resume_from_checkpoint": "training resumes from the last complete checkpoint in `output_dir`",
+    "save_only_model": "training could not resume from such checkpoints",
+    "ignore_data_skip": "a resumed run would see other images",
+    "auto_find_batch_size": "the number of images per step is part of the recipe",
+    **dict.fromkeys(
+        ("dataloader_drop_last", "train_sampling_strategy"), "an epoch consists of full batches in random order"
+    ),
     **dict.fromkeys(
         ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
          "dataloader_in_order", "remove_unused_columns", "label_names", "accelerator_config"),
-        "the loaders are those of image_data.py",
+        "the training has its own data loaders",
     ),
     **dict.fromkeys(
         ("include_for_metrics", "batch_eval_metrics", "prediction_loss_only", "eval_do_concat_batches",
          "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval"),
-        "the evaluation is that of training_run.py",
+        "the training has its own evaluation",
     ),
 }  # fmt: skip
-# May differ between the run that wrote a checkpoint and the run that goes on from it.
+# These may change between the run that wrote a checkpoint and the run that resumes from it.
 FREE_TO_CHANGE = {
     "output_dir", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "disable_tqdm", "run_name",
     "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "log_level", "per_device_eval_batch_size",
@@ -65,10 +71,24 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 RECORD = "training.yaml"
 
+GROUPS = (DataArguments, ModelArguments, RecipeArguments, TrainingArguments)
+METAVARS = {int: "INT", float: "FLOAT", string_to_bool: "BOOL", dict: "JSON", str: "TEXT"}
+PRECEDENCE = """\
+A configuration file holds one `flag: value` per line, without the dashes. Flags override the file, and the file
+overrides the recipe. The defaults below apply where the recipe sets nothing."""
+
 
 @dataclass
 class Arguments:
-    """All flags of a run by group; `given`: those of the file and the command line; `record`: the recipe's too."""
+    """
+    All flags of a run.
+
+    Attributes:
+        data, model, recipe, training: the flags by group.
+        given: the flags from the file and the command line.
+        record: the same and those of the recipe.
+        command: the command line, for the model card.
+    """
 
     data: DataArguments
     model: ModelArguments
@@ -76,44 +96,88 @@ class Arguments:
     training: TrainingArguments
     given: dict[str, Any]
     record: dict[str, Any]
+    command: str = ""
+
+
+class TitledTrainingArguments(TrainingArguments):
+    """Gives the fields of `TrainingArguments` a title in the help text."""
+
+    _argument_group_name = "training (the TrainingArguments of Transformers)"
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the introduction, and names the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        says_nothing = action.default in (None, False, "", argparse.SUPPRESS) or action.default == []
+        return text if says_nothing or "efault" in text else f"{text} (default: %(default)s)"
 
 
 class Parser(HfArgumentParser):
-    """Says in one line what is wrong."""
+    """The parser of the training flags, which raises an error of one line instead of ending the program."""
+
+    def __init__(self, prog: str, introduction: str | None = None):
+        super().__init__(
+            (*GROUPS[:3], TitledTrainingArguments),
+            prog=prog,
+            usage="%(prog)s [FILE.yaml|FILE.json] [--flag value …]",
+            description="\n\n".join(filter(None, [introduction, PRECEDENCE])),
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.dataclass_types = list(GROUPS)
+        for action in self._actions:
+            action.default = DEFAULTS.get(action.dest, action.default)
+            # Dashes within a flag work too, and are not shown.
+            action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
+            is_opposite = isinstance(action, argparse._StoreFalseAction)
+            if is_opposite or action.dest in WITHOUT_EFFECT:
+                action.help = argparse.SUPPRESS
+            elif action.nargs != 0 and action.choices is None:
+                action.metavar = METAVARS.get(action.type, "VALUE") if action.dest not in CONFIG_FIELDS else "VALUE"
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(f"error: {message}")
+        raise NotStartedError(message)
 
 
-def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> Arguments:
+def flag_names() -> list[str]:
+    """The names of all flags, without their dashes."""
+    return [name for group in GROUPS for name in group.__dataclass_fields__]
+
+
+def parse_arguments(
+    argv: list[str] | None = None, introduction: str | None = None, prog: str | None = None
+) -> Arguments:
     """
-    Reads `[FILE.yaml | FILE.json] --flag value …`. What is wrong ends the program with one line.
+    Reads `[FILE.yaml | FILE.json] --flag value …`. `--help` prints all flags and ends the program.
 
     Args:
-        argv: by default the command line.
-        description: for `--help`.
+        argv: the words after the program's name; by default those of the command line.
+        introduction: the start of the help text.
+        prog: the program's name in the help text and in the model card; by default that of the running script.
+
+    Raises:
+        ValueError: in one line, for whatever is wrong with flags or file.
+        OSError: if the file cannot be read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    groups = (DataArguments, ModelArguments, RecipeArguments, TrainingArguments)
-    parser = Parser(
-        groups, description=description, allow_abbrev=False, usage="%(prog)s [FILE.yaml|FILE.json] [--flag value …]"
-    )
+    prog = prog or f"python {sys.argv[0]}"
+    parser = Parser(prog, introduction)
     is_file = bool(argv) and argv[0].endswith((".yaml", ".yml", ".json"))
     if "--help" not in argv and "-h" not in argv:
+        # Only what is given counts: the recipe comes before the defaults.
         for action in parser._actions:
-            action.default = SUPPRESS
-    try:
-        from_file = read_file(parser, Path(argv[0])) if is_file else {}
-        namespace, rest = parser.parse_known_args(argv[is_file:])
-        if rest:
-            raise ValueError(f"{rest[0]} is no flag{suggest(parser, rest[0])}.")
-        given = from_file | vars(namespace)
-        record = {**DEFAULTS, **choose_recipe(given), **given}
-        check_given(given)
-        data, model, recipe, training = parser.parse_dict(record)
-    except (ValueError, OSError, ArgumentError) as error:
-        parser.error(str(error))
-    return Arguments(data, model, recipe, training, given, record)
+            action.default = argparse.SUPPRESS
+    from_file = read_file(parser, Path(argv[0])) if is_file else {}
+    namespace, rest = parser.parse_known_args(argv[is_file:])
+    if rest:
+        parser.error(f"{rest[0]} is not a flag{suggest(parser, rest[0])}.")
+    given = from_file | vars(namespace)
+    record = {**DEFAULTS, **choose_recipe(given), **given}
+    check_given(given)
+    data, model, recipe, training = parser.parse_dict(record)
+    return Arguments(data, model, recipe, training, given, record, f"{prog} {shlex.join(argv)}")
 
 
 def read_file(parser: Parser, path: Path) -> dict[str, Any]:
@@ -122,48 +186,54 @@ def read_file(parser: Parser, path: Path) -> dict[str, Any]:
         # JSON is YAML too.
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML or JSON: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no `flag: value` lines.")
+        raise ValueError(f"{path} does not hold lines of the form `flag: value`.")
     actions = {action.dest: action for action in parser._actions}
     values = {}
     for name, value in content.items():
         if name not in actions:
-            raise ValueError(f"{path} sets {name!r}, which is no flag{suggest(parser, name)}.")
+            raise ValueError(f"{path} sets {name!r}, which is not a flag{suggest(parser, str(name))}.")
         # YAML reads 1e-3 as a text.
         is_typed_text = isinstance(value, str) and actions[name].type is not None
-        values[name] = parser._get_value(actions[name], value) if is_typed_text else value
+        values[name] = typed(parser, actions[name], value) if is_typed_text else value
     return values
+
+
+def typed(parser: Parser, action: argparse.Action, value: str) -> Any:
+    try:
+        return parser._get_value(action, value)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
 
 
 def suggest(parser: Parser, name: str) -> str:
     names = [action.dest for action in parser._actions]
     close = difflib.get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), names, n=1)
-    return f": is --{close[0]} meant?" if close else ", see --help"
+    return f": did you mean --{close[0]}?" if close else ", see --help"
 
 
 def choose_recipe(given: dict[str, Any]) -> dict[str, Any]:
     """The named recipe, or the one that suits the model."""
     name = given.get("recipe") or ("finetune" if given.get("model_name_or_path") else "deit")
-    if name not in RECIPES:
-        raise ValueError(f"--recipe {name} is unknown: choose {', '.join(RECIPES)}.")
-    # A rate that is given replaces the recipe's, of whichever kind that is.
+    check_recipe(name)
+    # A rate that you give replaces the recipe's, whether it is a base rate or not.
     rates = {"learning_rate", "base_learning_rate"}
     skipped = rates if rates & given.keys() else set()
     return {"recipe": name, **{key: value for key, value in RECIPES[name].items() if key not in skipped}}
 
 
 def check_given(given: dict[str, Any]):
-    """Raises a `ValueError` for flags that contradict each other, or would be ignored."""
+    """Raises a `ValueError` for flags that contradict each other or have no effect."""
     if {"learning_rate", "base_learning_rate"} <= given.keys():
-        raise ValueError("--learning_rate and --base_learning_rate both set the learning rate: give only one.")
+        raise ValueError("`learning_rate` and `base_learning_rate` both set the learning rate: give only one.")
     for name in sorted(WITHOUT_EFFECT.keys() & given.keys()):
         if given[name] != DEFAULTS.get(name):
-            raise ValueError(f"--{name} {given[name]} has no effect, as {WITHOUT_EFFECT[name]}: leave it out.")
+            raise ValueError(f"`{name}={given[name]!r}` has no effect, because {WITHOUT_EFFECT[name]}: leave it out.")
 
 
 def full_record(args: Arguments) -> dict[str, Any]:
-    """Everything that a run depends on: the whole recipe, and what else was set; for printing and saving."""
+    """All settings that a run depends on: the whole recipe, and every other flag that is set."""
     return {
         "recipe": asdict(args.recipe),
         "training": {name: value for name, value in args.record.items() if hasattr(args.training, name)},
@@ -175,7 +245,7 @@ def full_record(args: Arguments) -> dict[str, Any]:
 def check_same_run(args: Arguments, output_dir: Path):
     """
     Raises:
-        ValueError: if the output folder holds a run with other settings, which this run must not go on with.
+        ValueError: if the output folder holds a run with other settings, from which this run must not resume.
     """
     path = output_dir / RECORD
     if not path.is_file():
@@ -186,6 +256,6 @@ def check_same_run(args: Arguments, output_dir: Path):
         for name in sorted(values.keys() | before.keys()):
             if name not in FREE_TO_CHANGE and values.get(name) != before.get(name):
                 raise ValueError(
-                    f"--output_dir {output_dir} holds a run with {name}={before.get(name)!r}, and this one has "
-                    f"{name}={values.get(name)!r}: choose another --output_dir, or the same settings to go on."
+                    f"`output_dir={str(output_dir)!r}` holds a run with {name}={before.get(name)!r}, and this run has "
+                    f"{name}={values.get(name)!r}: choose another `output_dir`, or resume with the same settings."
                 )

@@ -1,6 +1,6 @@
 """
-Checkpoints that are complete or ignored: a folder counts once a list of its files and their sizes stands in it, which
-is written last. A process killed at any moment, or a full disk, leaves the earlier ones as they are.
+Checkpoints that are either complete or ignored. The last file written into a checkpoint lists all of its files with
+their sizes. If a process is killed or the disk is full, the earlier checkpoints stay as they are.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ MANIFEST = "complete.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the message says why, and which one is the last that is complete."""
+    """A checkpoint cannot be written. The message says why, and names the last complete checkpoint."""
 
 
 def step_of(folder: Path) -> int:
@@ -33,7 +33,7 @@ def step_of(folder: Path) -> int:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders `checkpoint-<step>` in order of their steps, complete or not."""
+    """The folders `checkpoint-<step>` in the order of their steps, complete or not."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in folders if path.is_dir()), key=step_of)
 
@@ -44,7 +44,7 @@ def sizes_of(folder: Path) -> dict[str, int]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of the checkpoint is there in full."""
+    """Whether every file of the checkpoint exists in full."""
     try:
         expected = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -53,28 +53,30 @@ def is_complete(folder: Path) -> bool:
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint with the most steps, or None; half-written ones are ignored with a warning."""
+    """The complete checkpoint with the most steps, or None. Incomplete ones are ignored with a warning."""
     for folder in reversed(list_checkpoints(output_dir)):
         if is_complete(folder):
             return folder
-        logger.warning(f"{folder} is incomplete, probably from a run that was killed while writing it: ignored.")
+        logger.warning(
+            f"{folder} is incomplete and ignored: the run was probably killed while it wrote it."
+        )
     return None
 
 
 @contextlib.contextmanager
 def write_checkpoint(folder: Path, *, is_main_process: bool, wait_for_everyone, keep: int | None) -> Iterator[None]:
     """
-    The block writes the files of a checkpoint into `folder`, on every process; behind it the checkpoint is complete,
-    and of the earlier ones the last `keep - 1` remain.
+    The block writes the files of a checkpoint into `folder`, in every process. After the block the checkpoint is
+    complete, and only the last `keep - 1` of the earlier ones remain.
 
     Args:
         folder: `checkpoint-<step>` in the output folder.
-        is_main_process: whether this process does what only one must do.
+        is_main_process: whether this process does the work that only one process may do.
         wait_for_everyone: called where processes have to wait for each other.
-        keep: how many checkpoints to keep; None or 0: all.
+        keep: the number of checkpoints to keep. None or 0 keeps all.
 
     Raises:
-        CheckpointError: if the block fails to write; the half-written folder is removed.
+        CheckpointError: if the block fails to write. The incomplete folder is removed.
     """
     if is_main_process:
         # Files of a run that was killed here must not mix with the new ones.
@@ -85,7 +87,7 @@ def write_checkpoint(folder: Path, *, is_main_process: bool, wait_for_everyone, 
         wait_for_everyone()
         if is_main_process:
             mark_complete(folder)
-    # torch reports a full disk as a RuntimeError.
+    # PyTorch reports a full disk as a RuntimeError.
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_main_process:
             remove(folder)
@@ -93,7 +95,7 @@ def write_checkpoint(folder: Path, *, is_main_process: bool, wait_for_everyone, 
         kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint"
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{folder} could not be written: {reason}. {kept}. Make room on the disk and run the same command again."
+            f"{folder} cannot be written: {reason}. {kept}. Free some disk space and run the same command again."
         ) from error
     if is_main_process and keep:
         earlier = [path for path in list_checkpoints(folder.parent) if step_of(path) < step_of(folder)]
@@ -102,7 +104,7 @@ def write_checkpoint(folder: Path, *, is_main_process: bool, wait_for_everyone, 
 
 
 def mark_complete(folder: Path):
-    """Lists the files of a checkpoint in it, once they are all on the disk."""
+    """Writes the list of files into a checkpoint, once all of them are on the disk."""
     sizes = sizes_of(folder)
     for name in sizes:
         with open(folder / name, "rb") as file:
@@ -116,15 +118,15 @@ def mark_complete(folder: Path):
 
 
 def remove(folder: Path):
-    """Removes a checkpoint, which stops counting as one before the first of its other files goes."""
+    """Removes a checkpoint, first its list of files: without it, the rest does not count."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_finite_weights(model: "nn.Module", step: int):
-    """Raises `FloatingPointError` if a weight is not finite: such a checkpoint must not replace a good one."""
+    """Raises a `FloatingPointError` if a weight is not finite: that checkpoint must not replace a good one."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise FloatingPointError(
-                f"The weights `{name}` are not finite at step {step}: this checkpoint is not written"
+                f"The weights {name} are not finite at step {step}, so this checkpoint is not written"
             )

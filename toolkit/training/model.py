@@ -1,5 +1,7 @@
-"""Which model is trained, and which one teaches it. Shared by the training programs."""
+"""The model that is trained, and the teacher that it learns from."""
 
+import inspect
+import re
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,47 +14,60 @@ from transformers.utils import cached_file
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
 
-from ..conversion.vit import convert_source, image_processor_for, read_source
+from ..conversion.image_processor import image_processor_for
+from ..conversion.sources import read_source
+from ..conversion.vit import convert_source
 from ..shared.console import parse_value
 from .recipes import RecipeArguments, option, prepared_size
 
 
+# The value of `teacher` that stands for the unpooled model of `model_name_or_path`.
 SOURCE = "source"
-# Every field of the configuration is a flag; a text is read as YAML, so that lists and "none" can be given.
-CONFIG_FIELDS = [name for name in HPoolViTConfig.__annotations__ if not name.startswith("_")]
+# Fields of the configuration that are flags. `stages` is not: it records what a trained model has.
+CONFIG_FIELDS = [name for name in HPoolViTConfig.__annotations__ if not name.startswith("_") and name != "stages"]
 HELP = {
-    "hvt_pool_choices": "train for several schedules, 'none;6;1,5,9': each step draws one. The model is evaluated and "
-    "saved with --hvt_pool, by default the first"
+    "hvt_pool": "Blocks, counted from 0, at whose input the tokens are pooled: 1,5,9 or none.",
+    "hvt_pool_choices": "Train one model for several schedules, 'none;6;1,5,9': each step draws one. The model is "
+    "evaluated and saved with --hvt_pool, by default the first of them.",
 }
+
+
+def field_help(name: str) -> str:
+    """The help text of a field of the configuration, from the docstring of `HPoolViTConfig`."""
+    text = inspect.getdoc(HPoolViTConfig) or ""
+    entry = re.search(rf"(?m)^    (?:\w+, )*{name}(?:, \w+)* \(.*\):\n((?: {{8}}.*\n)+)", text)
+    if entry is None:
+        return f"`{name}` of HPoolViTConfig."
+    # argparse reads a percent sign as the start of a placeholder.
+    return " ".join(entry[1].split()).replace("%", "%%")
 
 
 @dataclass
 class BaseModelArguments:
-    preset: str | None = option(None, "one of the paper's models, with new weights, such as hvt-s-1")
+    preset: str | None = option(None, "One of the paper's models with new weights, such as hvt-s-1.")
     model_name_or_path: str | None = option(
-        None, "start from these weights: a folder or Hub id of an HPool-ViT, or of a ViT, which is converted"
+        None, "Start from these weights: a folder or Hub id of an HPool-ViT, or of a ViT, which is converted."
     )
-    config_name: str | None = option(None, "a folder or JSON file with an HPoolViTConfig, with new weights")
-    trust_remote_code: bool = option(False, "whether the code in a teacher's folder may be run")
+    config_name: str | None = option(None, "Folder or JSON file of an HPoolViTConfig, for a model with new weights.")
+    trust_remote_code: bool = option(False, "Whether code in the teacher's folder may run.")
+
+    _argument_group_name = "model (--preset, --model_name_or_path or --config_name, and any field of HPoolViTConfig)"
 
 
 ModelArguments = make_dataclass(
     "ModelArguments",
-    [
-        (name, str | None, option(None, HELP.get(name, f"HPoolViTConfig.{name}, instead of the model's own")))
-        for name in CONFIG_FIELDS
-    ],
+    [(name, str | None, option(None, HELP.get(name) or field_help(name))) for name in CONFIG_FIELDS],
     bases=(BaseModelArguments,),
 )
-ModelArguments.__doc__ = "The model: a preset, a trained one or a configuration, and fields that shall differ."
+ModelArguments.__doc__ = "The model: a preset, a trained model or a configuration, and fields that replace its own."
 
 
 def config_overrides(args: ModelArguments) -> dict[str, Any]:
     """
-    The fields of the configuration that were given.
+    The fields of the configuration that are set.
 
     Raises:
-        ValueError: for a text that is no value.
+        ValueError: for a text that is not a value.
     """
     overrides = {}
     for name in CONFIG_FIELDS:
@@ -69,43 +84,67 @@ def build_model(
     args: ModelArguments, recipe: RecipeArguments, label_names: list[str]
 ) -> tuple[HPoolViTForImageClassification, HPoolViTImageProcessor, list[str]]:
     """
-    The model to be trained, its image processor, and notes on what was converted or newly initialised.
+    The model to train, its image processor, and notes on what is converted or newly initialized.
 
     Raises:
-        ValueError: if no model or more than one is named, or none can be built as asked.
+        ValueError: if no model or more than one is named, or the model cannot be built.
         OSError: for a folder that cannot be read.
     """
     given = [name for name in ("preset", "model_name_or_path", "config_name") if getattr(args, name) is not None]
     overrides = config_overrides(args)
     if len(given) > 1:
-        raise ValueError(f"--{' and --'.join(given)} name a model each: give only one.")
-    overrides["id2label"] = dict(enumerate(label_names))
-    overrides["label2id"] = {name: index for index, name in enumerate(label_names)}
+        raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} each name a model: give only one.")
+    if not given and not overrides:
+        raise ValueError(
+            "No model is given: set `preset`, `model_name_or_path`, `config_name`, or fields such as `hidden_size`."
+        )
+    overrides |= labels_of(label_names)
     if given == ["model_name_or_path"]:
         return start_from(args.model_name_or_path, recipe, overrides)
     if given == ["preset"]:
         config = HPoolViTConfig.from_preset(args.preset, **overrides)
     elif given == ["config_name"]:
         config = HPoolViTConfig.from_pretrained(args.config_name, **overrides)
-    elif len(overrides) > 2:
-        config = HPoolViTConfig(**overrides)
     else:
-        raise ValueError(
-            "No model: give --preset, --model_name_or_path, --config_name, or fields such as --hidden_size."
-        )
+        config = HPoolViTConfig(**overrides)
+    return (*new_model(config, recipe), [])
+
+
+def labels_of(label_names: list[str]) -> dict[str, Any]:
+    """The fields of the configuration that hold the names of the classes."""
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+    }
+
+
+def new_model(
+    config: HPoolViTConfig, recipe: RecipeArguments
+) -> tuple[HPoolViTForImageClassification, HPoolViTImageProcessor]:
+    """A model with new weights, and the image processor that the recipe evaluates it with."""
     model = HPoolViTForImageClassification(config)
-    return model, HPoolViTImageProcessor.for_config(config, **resize_for(config, recipe)), []
+    return model, HPoolViTImageProcessor.for_config(config, **resize_for(config, recipe))
 
 
 def resize_for(config: HPoolViTConfig, recipe: RecipeArguments) -> dict[str, Any]:
-    """The resize that makes the crop of the model's size the recipe's share of the image."""
+    """The resize of which a crop of the model's size keeps the share `eval_crop_ratio`."""
     return {"size": {"shortest_edge": round(max(config.image_shape) / recipe.eval_crop_ratio)}}
 
 
 def start_from(
     model_name_or_path: str, recipe: RecipeArguments, overrides: dict[str, Any]
 ) -> tuple[HPoolViTForImageClassification, HPoolViTImageProcessor, list[str]]:
-    """A trained HPool-ViT with its weights, or a ViT converted; another number of labels makes a new head."""
+    """
+    A trained HPool-ViT with its weights, or a converted ViT. Another number of labels makes a new head.
+
+    Args:
+        model_name_or_path: a saved folder, a checkpoint or a Hub id.
+        recipe: its `eval_crop_ratio` sets the resize of a new image processor.
+        overrides: fields of the configuration that replace the model's own.
+
+    Returns:
+        The model, its image processor, and notes on what is converted or newly initialized.
+    """
     if not is_hpool_vit(model_name_or_path):
         source = read_source(model_name_or_path)
         model, report = convert_source(source, **overrides)
@@ -114,8 +153,8 @@ def start_from(
     model, loading = HPoolViTForImageClassification.from_pretrained(
         model_name_or_path, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32, **overrides
     )
-    notes = [f"newly initialised: {name}" for name in sorted(loading["missing_keys"])]
-    notes += [f"newly initialised: {key[0] if isinstance(key, tuple) else key}" for key in loading["mismatched_keys"]]
+    notes = [f"newly initialized: {name}" for name in sorted(loading["missing_keys"])]
+    notes += [f"newly initialized: {key[0] if isinstance(key, tuple) else key}" for key in loading["mismatched_keys"]]
     notes += [f"dropped: {name}" for name in sorted(loading["unexpected_keys"])]
     config = model.config
     processor = AutoImageProcessor.from_pretrained(model_name_or_path)
@@ -131,17 +170,17 @@ def is_hpool_vit(model_name_or_path: str) -> bool:
     if path.is_file():
         return False
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"--model_name_or_path {path} has no config.json: give the folder of a saved model.")
+        raise ValueError(f"`model_name_or_path={str(path)!r}` has no config.json: give the folder of a saved model.")
     config = yaml.safe_load(Path(cached_file(model_name_or_path, "config.json")).read_text())
     return config.get("model_type") == HPoolViTConfig.model_type
 
 
 class Teacher(nn.Module):
     """
-    A trained image classifier that answers for the student's batches.
+    A trained image classifier that predicts the labels of the student's batches.
 
-    Its labels are put into the student's order by name, and pixel values are normalised again if the teacher was
-    trained with another mean or standard deviation.
+    It puts its labels into the student's order by their names, and normalizes the pixel values again if it was trained
+    with another mean or standard deviation.
 
     Raises:
         ValueError: if its labels are not the student's, or it takes images of another size.
@@ -151,7 +190,7 @@ class Teacher(nn.Module):
         super().__init__()
         name = args.model_name_or_path if recipe.teacher == SOURCE else recipe.teacher
         if name is None:
-            raise ValueError("--teacher source is the model that --model_name_or_path names: give one.")
+            raise ValueError("`teacher='source'` is the model that `model_name_or_path` names: give one.")
         self.model, teacher_processor = self._load(name, recipe.teacher == SOURCE, args.trust_remote_code)
         self.model.requires_grad_(False).eval()
         self._match_labels(student.config, name)
@@ -165,7 +204,7 @@ class Teacher(nn.Module):
             model, _ = convert_source(source, hvt_pool=None)
             return model, HPoolViTImageProcessor(**processor) if processor else None
         options = {"hvt_pool": None} if is_source and is_hpool_vit(name) else {}
-        # The stages' position embeddings are what is left over of an unpooled model.
+        # Without pooling, the position embeddings of the stages are left over.
         model = AutoModelForImageClassification.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
         )
@@ -176,8 +215,8 @@ class Teacher(nn.Module):
         ours = [student.id2label[index] for index in range(student.num_labels)]
         if sorted(theirs) != sorted(ours):
             raise ValueError(
-                f"--teacher {name} knows {len(theirs)} labels ({', '.join(map(str, theirs[:3]))}, …), "
-                f"and the data has {len(ours)} ({', '.join(map(str, ours[:3]))}, …): take one trained on these."
+                f"`teacher={name!r}` has {len(theirs)} labels ({', '.join(map(str, theirs[:3]))}, …), and the data "
+                f"{len(ours)} ({', '.join(map(str, ours[:3]))}, …): give a teacher that was trained on these labels."
             )
         self.register_buffer("order", torch.tensor([theirs.index(label) for label in ours]), persistent=False)
 
@@ -186,8 +225,8 @@ class Teacher(nn.Module):
         size = (size, size) if isinstance(size, int) else tuple(size) if size else None
         if size not in (None, student.image_shape):
             raise ValueError(
-                f"--teacher {name} takes images of {size[0]} × {size[1]} pixels, and the model "
-                f"{student.image_shape[0]} × {student.image_shape[1]}: give --image_size, or another teacher."
+                f"`teacher={name!r}` takes images of {size[0]} × {size[1]} pixels, and the model "
+                f"{student.image_shape[0]} × {student.image_shape[1]}: set `image_size`, or give another teacher."
             )
         # (x · std + mean - teacher's mean) / teacher's std
         mean, std = torch.tensor(ours.image_mean), torch.tensor(ours.image_std)

@@ -1,30 +1,45 @@
-"""What a training reports: metrics, pictures of its course and of its mistakes, and the machine that it ran on."""
+"""What a training run leaves behind: accuracy of each class, pictures, log, model card, speed and hardware."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
+import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import evaluate
-import matplotlib
 import numpy as np
-import pandas as pd
-import psutil
 import torch
-from matplotlib.colors import ListedColormap, PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from torch import nn
 
 import hpool_vit
 
-from ..shared.console import one_line
+from ..hub.card import write_model_card
+from ..shared.console import needs, one_line
 from ..shared.measuring import resident_bytes
+from .arguments import full_record
+from .evaluation import check_scores, load_metric
 
 
-METRICS = Path(__file__).resolve().parent / "metrics"
+with needs("train"):
+    import matplotlib
+    import pandas as pd
+    import psutil
+    from accelerate import Accelerator
+    from matplotlib.colors import ListedColormap, PowerNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+if TYPE_CHECKING:
+    from .run import TrainingRun
+
+# Files in the output folder.
+BAD_IMAGES = "bad_images.json"
+LOG = "log.json"
+SCHEDULES = "schedules.json"
+CURVES_NAME = "curves.png"
 CONFUSION_MATRIX_NAME = "confusion_matrix.png"
 PER_CLASS_NAME = "per_class_accuracy.csv"
 
@@ -33,7 +48,7 @@ MAX_TICKS = 40
 MAX_CLASSES_COARSE = 200
 NUM_CONFUSED_PAIRS = 10
 
-# The keys of the log in each panel of the curves, and their curve's name and colour.
+# For each panel of the curves: the keys of the log, with the name and color of their curve.
 TRAINING, EVALUATION, AVERAGED = ("training", "C0"), ("evaluation", "C1"), ("evaluation, averaged weights", "C2")
 CURVES = {
     "loss": {"loss": TRAINING, "eval_loss": EVALUATION, "eval_ema_loss": AVERAGED},
@@ -42,46 +57,101 @@ CURVES = {
 }
 
 
-def compute_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def write_report(
+    run: "TrainingRun", model: nn.Module, accelerator: Accelerator, results: dict[str, Any], log: list[dict[str, Any]]
+):
     """
-    Top-1 and top-5 accuracy.
+    Writes the files and the model card of a finished run into its output folder. Every process calls this.
 
     Args:
-        scores (`np.ndarray` of shape `(num_images, num_labels)`): logits or probabilities of all images.
-        labels (`np.ndarray` of shape `(num_images,)`): their labels, integers.
-
-    Returns:
-        `{"top1": …, "top5": …}`, each in [0, 1]. A tie with the label's score counts as wrong.
-
-    Raises:
-        `ValueError`: shapes that do not fit, no images, scores that are NaN, labels outside the columns of `scores`.
+        run: the run.
+        model: the model with its final weights, as the loop holds it.
+        accelerator: of the loop.
+        results: metrics of the last evaluation, and the loop's `train_runtime` and `train_samples_per_second`.
+        log: the entries of the log, as for `draw_curves`.
     """
-    scores, labels = _check(scores, labels)
-    if scores.shape[1] > 6:
-        scores, labels = _keep_rivals(scores, labels)
-    return _load_metric("topk_accuracy").compute(predictions=scores, references=labels)
+    scores, labels = run.evaluator.predict(model, accelerator)
+    by_schedule = run.evaluator.evaluate_schedules(model, accelerator, run.schedules)
+    run.records.write(run.output_dir / BAD_IMAGES, run.is_main_process)
+    if not run.is_main_process:
+        return
+    if by_schedule:
+        (run.output_dir / SCHEDULES).write_text(json.dumps(by_schedule, indent=2) + "\n")
+    (run.output_dir / LOG).write_text(json.dumps(log, indent=2) + "\n")
+    draw_curves(log, run.output_dir / CURVES_NAME)
+    print(run.records.bad_images.summary(), flush=True)
+    final = final_report(scores, labels, run.data.class_names, run.output_dir)
+    saved = "eval_ema_" if run.average else "eval_"
+    shown = {name: results[saved + name] for name in ("top1", "top5", "loss")}
+    shown |= {f"top-1 with schedule {name}": f"{top1:.2%}" for name, top1 in by_schedule.items()}
+    shown |= {name: final[name] for name in ("num_images", "mean_class_accuracy")}
+    write_card(run, shown, results["train_runtime"], results["train_samples_per_second"])
+
+
+def write_card(run: "TrainingRun", results: dict[str, Any], seconds: float, images_per_second: float):
+    """The model card of a finished run, with recipe, data, results and hardware."""
+    args, training = run.args, run.args.training
+    source = args.data.dataset_name or args.data.train_dir or ", ".join(args.data.train_files)
+    write_model_card(
+        run.output_dir,
+        model=run.model,
+        label_names=run.data.class_names,
+        recipe=full_record(args),
+        data={"name": source, **{k: v for k, v in run.data.describe().items() if k != "class_names"}},
+        results=results,
+        hardware=describe_hardware(training.world_size),
+        training={
+            "seconds": seconds,
+            "images_per_second": images_per_second,
+            "epochs": training.num_train_epochs,
+            "seed": training.seed,
+            "weights": "moving average" if run.average else "of the last step",
+            "command": args.command,
+        },
+        base_model=args.model.model_name_or_path,
+        teacher=args.recipe.teacher,
+        pictures={"Curves": CURVES_NAME, "Confusion matrix": CONFUSION_MATRIX_NAME},
+        bad_images=run.records.bad_images.summary(),
+    )
+
+
+class SpeedMeter:
+    """Images per second between two entries of the log, and the memory in use."""
+
+    def __init__(self, images_per_step: int, device: torch.device):
+        self.images_per_step, self.device = images_per_step, device
+        self.last_time, self.last_step = time.perf_counter(), None
+
+    def measure(self, step: int) -> dict[str, float]:
+        """The values for the log after `step` steps. The first call starts the clock."""
+        now, values = time.perf_counter(), memory_gb(self.device)
+        if self.last_step is not None and step > self.last_step:
+            images = (step - self.last_step) * self.images_per_step
+            values["images_per_second"] = round(images / (now - self.last_time), 1)
+        self.last_time, self.last_step = now, step
+        return values
 
 
 def final_report(scores: np.ndarray, labels: np.ndarray, label_names: list[str], output_dir: Path) -> dict[str, Any]:
     """
-    Writes the confusion matrix as a picture, and a table of the classes, into `output_dir`.
+    Writes a picture of the confusion matrix and a table of the classes into `output_dir`.
 
     Args:
-        scores, labels: as in `compute_metrics`, with its errors. The prediction is the first of the highest scores.
+        scores, labels: as for `compute_metrics`, with its errors. The prediction is the first of the highest scores.
         label_names (`list[str]`): one name per column of `scores`.
         output_dir (`Path`): gets `confusion_matrix.png` and `per_class_accuracy.csv`.
 
     Returns:
-        `num_images`; `mean_class_accuracy`, over the classes that have images; `classes_without_images`, their names;
-        `most_confused`, up to ten pairs of `label` and `predicted` with the number of `images` and their `share` of
-        the label's images, most images first.
+        `num_images`; `mean_class_accuracy` of the classes that have images; `classes_without_images`, the names of
+        the others; `most_confused`, up to ten pairs of `label` and `predicted` with the number of `images` and their
+        `share` of the label's images, most images first.
     """
-    scores, labels = _check(scores, labels)
+    scores, labels = check_scores(scores, labels)
     if len(label_names) != scores.shape[1]:
         raise ValueError(
             f"label_names has {len(label_names)} names for {scores.shape[1]} columns of scores: give one each."
         )
-    metric = _load_metric("confusion_matrix")
+    metric = load_metric("confusion_matrix")
     counted = metric.compute(predictions=scores.argmax(axis=1), references=labels, num_labels=len(label_names))
     matrix = np.array(counted["confusion_matrix"])
     table = pd.DataFrame(
@@ -105,7 +175,7 @@ def final_report(scores: np.ndarray, labels: np.ndarray, label_names: list[str],
 
 
 def draw_confusion_matrix(matrix: np.ndarray, label_names: list[str], path: Path):
-    """Draws counts of shape `(num_labels, num_labels)`, a row per class; as numbers too where there is room."""
+    """Draws counts of shape `(num_labels, num_labels)`, one row per class, with numbers if there is room for them."""
     num_labels = len(matrix)
     images = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, images, out=np.full(matrix.shape, np.nan), where=images > 0)
@@ -113,17 +183,17 @@ def draw_confusion_matrix(matrix: np.ndarray, label_names: list[str], path: Path
     size = max(4.5, 2.5 + 0.55 * num_labels) if with_counts else 11
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    # No mistake at all is white, and one among hundreds of images already blue.
+    # A cell without mistakes is white; one mistake among hundreds of images is already blue.
     blues = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.2, 1, 256)))
-    colours = blues.with_extremes(under="white", bad="0.8")
-    picture = axes.imshow(share, cmap=colours, norm=PowerNorm(0.5, vmin=1e-9, vmax=1), interpolation="nearest")
+    colors = blues.with_extremes(under="white", bad="0.8")
+    picture = axes.imshow(share, cmap=colors, norm=PowerNorm(0.5, vmin=1e-9, vmax=1), interpolation="nearest")
     bar = figure.colorbar(picture, ax=axes, shrink=0.7, format=PercentFormatter(1), ticks=[0.01, 0.05, 0.2, 0.5, 1])
     bar.set_label("share of the class's images")
     ticks = range(0, num_labels, -(-num_labels // MAX_TICKS))
     names = [
         _shorten(label_names[tick] if len(ticks) == num_labels else f"{tick} {label_names[tick]}") for tick in ticks
     ]
-    # `parse_math`: a dollar sign in a name is a dollar sign.
+    # Without `parse_math`, a dollar sign in a name is just a dollar sign.
     axes.set_xticks(ticks, names, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(ticks, names, fontsize=8, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true class")
@@ -131,9 +201,9 @@ def draw_confusion_matrix(matrix: np.ndarray, label_names: list[str], path: Path
     axes.set_title(title + ("; grey: no images" if (images == 0).any() else ""), fontsize=10)
     if with_counts:
         for row, column in zip(*np.nonzero(matrix), strict=True):
-            colour = "white" if share[row, column] > 0.35 else "black"
-            axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=colour)
-    # At the finer resolution a cell of a thousand by a thousand has two pixels.
+            color = "white" if share[row, column] > 0.35 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=color)
+    # At the finer resolution, each of 1,000 × 1,000 cells has two pixels.
     _save(figure, path, dpi=130 if num_labels <= MAX_CLASSES_COARSE else 260)
 
 
@@ -142,13 +212,13 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> Path | None:
     Draws loss, top-1 accuracy and learning rate against the epoch.
 
     Args:
-        log_history (`list[dict]`): as in Transformers' `TrainerState.log_history`: entries with `epoch` and any of
-            `loss`, `learning_rate`, `eval_loss`, `eval_top1`, `eval_ema_loss`, `eval_ema_top1`; others are left out.
-            Of several values for one epoch the last counts.
+        log_history (`list[dict]`): as `TrainerState.log_history` in Transformers: entries with `epoch` and any of
+            `loss`, `learning_rate`, `eval_loss`, `eval_top1`, `eval_ema_loss`, `eval_ema_top1`; others are ignored.
+            If an epoch has several values, the last one counts.
         path (`Path`): the picture.
 
     Returns:
-        `path`, or None where nothing was logged that can be drawn.
+        `path`, or None if the log holds nothing to draw.
     """
     log = pd.DataFrame(log_history).reindex(columns=["epoch", *(key for keys in CURVES.values() for key in keys)])
     log = log.apply(pd.to_numeric, errors="coerce").dropna(subset="epoch").sort_values("epoch", kind="stable")
@@ -162,12 +232,12 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> Path | None:
     ):
         for key in keys:
             curve = log[["epoch", key]].dropna().drop_duplicates("epoch", keep="last")
-            label, colour = CURVES[title][key]
+            label, color = CURVES[title][key]
             if key.endswith("top1"):
                 best = curve.loc[curve[key].idxmax()]
                 label += f" (best {best[key]:.2%} at epoch {best['epoch']:g})"
             marker = "o" if len(curve) <= 50 else None
-            axes.plot(curve["epoch"], curve[key], color=colour, linewidth=1, marker=marker, markersize=3, label=label)
+            axes.plot(curve["epoch"], curve[key], color=color, linewidth=1, marker=marker, markersize=3, label=label)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         if title == "top-1 accuracy":
@@ -181,11 +251,11 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> Path | None:
 
 def describe_hardware(num_processes: int) -> dict[str, Any]:
     """
-    The machine that this process runs on, for a reader; `num_processes` are those of the whole training.
+    Describes the machine that this process runs on; `num_processes` is the number of processes of the whole training.
 
     Returns:
-        `machine`, `cpu`, `cpu_cores` (physical), `cpu_threads` (that this process may use), `torch_threads`, `ram_gb`,
-        `gpus` (a text each), `processes` and `versions`. GB are 10⁹ bytes.
+        `machine`, `cpu`, `cpu_cores` (physical), `cpu_threads` (available to this process), `torch_threads`, `ram_gb`,
+        `gpus` (a text each), `processes` and `versions`. A GB is 10⁹ bytes.
     """
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ("torch", "torchvision", "transformers", "accelerate", "datasets", "evaluate")
@@ -208,52 +278,13 @@ def describe_hardware(num_processes: int) -> dict[str, Any]:
 
 def memory_gb(device: torch.device | str) -> dict[str, float]:
     """
-    The most memory this process has held so far, in GB (10⁹ bytes): `peak_memory_gb`, resident, without the processes
-    that load data; on a CUDA device also `peak_gpu_memory_gb`, what PyTorch's tensors took at most.
+    The peak memory of this process so far, in GB (10⁹ bytes): `peak_memory_gb`, the resident memory without the
+    processes that load data, and on a CUDA device `peak_gpu_memory_gb`, the memory of PyTorch's tensors.
     """
     memory = {"peak_memory_gb": round(_peak_resident_bytes() / 1e9, 3)}
     if torch.device(device).type == "cuda":
         memory["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     return memory
-
-
-def _check(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    if scores.ndim != 2 or labels.shape != scores.shape[:1] or not scores.size:
-        raise ValueError(
-            f"scores has the shape {scores.shape} and labels {labels.shape}: give (num_images, num_labels) and "
-            "(num_images,), of one image at least."
-        )
-    num_labels = scores.shape[1]
-    if labels.dtype.kind not in "iu":
-        raise ValueError(f"labels has the type {labels.dtype}: give integers from 0 to {num_labels - 1}.")
-    bad = np.flatnonzero((labels < 0) | (labels >= num_labels))
-    if len(bad):
-        raise ValueError(f"labels[{bad[0]}] is {labels[bad[0]]}: give integers from 0 to {num_labels - 1}.")
-    bad = np.flatnonzero(np.isnan(scores).any(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"scores is NaN for {len(bad)} of {len(scores)} images, first for image {bad[0]}: the model has diverged; "
-            "go back to a checkpoint before that and lower the learning rate."
-        )
-    return scores, labels.astype(np.int64)
-
-
-def _keep_rivals(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Only the label's score, now label 0, and the five highest others: the same ranks up to the fifth. `evaluate` makes
-    an object of each number, which for 50,000 images and 1,000 labels would take 25 seconds and 2.5 GB.
-    """
-    rivals = scores.astype(np.float32)
-    right = np.take_along_axis(rivals, labels[:, None], axis=1)
-    np.put_along_axis(rivals, labels[:, None], -np.inf, axis=1)
-    rivals.partition(rivals.shape[1] - 5, axis=1)
-    return np.concatenate([right, rivals[:, -5:]], axis=1), np.zeros_like(labels)
-
-
-def _load_metric(name: str) -> evaluate.Metric:
-    # In memory: files in the cache would be shared with every other process that computes the metric.
-    return evaluate.load(str(METRICS / name), keep_in_memory=True)
 
 
 def _most_confused(matrix: np.ndarray, names: pd.Series) -> list[dict[str, Any]]:
@@ -278,7 +309,7 @@ def _shorten(name: str, length: int = 20) -> str:
 
 def _save(figure: Figure, path: Path, dpi: int = 130):
     with warnings.catch_warnings():
-        # Matplotlib's font lacks many scripts; such letters become boxes.
+        # Matplotlib's font lacks many scripts, whose letters become boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, dpi=dpi)
 
@@ -293,7 +324,7 @@ def _cpu_model() -> str:
 
 
 def _peak_resident_bytes() -> int:
-    # Not `getrusage` on Linux, where it starts at the peak of the process that started this one.
+    # On Linux, `getrusage` would start at the peak of the parent process.
     peak = resident_bytes("VmHWM")
     if peak is not None:
         return peak

@@ -1,23 +1,23 @@
-"""
-Trains or fine-tunes HPool-ViT for image classification with the Trainer.
+"""The command `hpool-vit train`: trains or fine-tunes HPool-ViT for image classification with the Trainer."""
 
-    python run_image_classification.py configs/digits.yaml
-    python run_image_classification.py --train_dir photos/train --validation_dir photos/val --recipe finetune \
-        --model_name_or_path facebook/deit-small-patch16-224 --output_dir outputs/photos
-
-The same command goes on from the last complete checkpoint in --output_dir. Under torchrun or `accelerate launch` it
-runs on many processes.
-"""
-
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from .checkpoints import find_last_checkpoint
-from .run import TrainingRun, run_program
+from ..shared.console import needs
+
+
+with needs("train"):
+    from .arguments import flag_names
+    from .checkpoints import find_last_checkpoint
+    from .optimization import make_optimizer
+    from .report import write_report
+    from .run import TrainingRun, run_program
 
 
 class RecipeCallback(TrainerCallback):
@@ -28,7 +28,7 @@ class RecipeCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.run.start_average(model, self.checkpoint)
-        self.run.speed(state.global_step)
+        self.run.speed.measure(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.run.begin_epoch(state.global_step // self.run.steps_per_epoch)
@@ -41,7 +41,7 @@ class RecipeCallback(TrainerCallback):
 
 
 class RecipeTrainer(Trainer):
-    """The Trainer with the loaders, the optimiser, the loss and the checkpoints of a [`TrainingRun`]."""
+    """The Trainer with the loaders, optimizer, loss, evaluation and checkpoints of a [`TrainingRun`]."""
 
     def __init__(self, run: TrainingRun, checkpoint: Path | None):
         super().__init__(
@@ -53,7 +53,7 @@ class RecipeTrainer(Trainer):
             callbacks=[RecipeCallback(run, checkpoint)],
         )
         self.run = run
-        # The loss below is a mean over the batch, which the Trainer divides by the accumulated steps.
+        # The loss is a mean over the batch, which the Trainer divides by the number of accumulated steps.
         self.model_accepts_loss_kwargs = False
 
     def get_train_dataloader(self):
@@ -64,11 +64,12 @@ class RecipeTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            self.optimizer = self.run.make_optimizer(model or self.model)
+            run = self.run
+            self.optimizer = make_optimizer(model or self.model, run.learning_rate, run.args.recipe, self.args)
         return self.optimizer
 
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
-        names = self.run.take_names(inputs)
+        names = self.run.records.take_names(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.run.check_loss(loss, self.state.global_step + 1, self._get_learning_rate(), names)
         return loss
@@ -86,13 +87,13 @@ class RecipeTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        metrics = self.run.evaluate(self.model_wrapped, self.accelerator)
+        metrics = self.run.evaluator.evaluate(self.model_wrapped, self.accelerator)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=metrics["images"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
-            logs |= self.run.speed(self.state.global_step)
+            logs |= self.run.speed.measure(self.state.global_step)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial):
@@ -103,21 +104,21 @@ class RecipeTrainer(Trainer):
                     self.save_model(str(folder / "ema"), _internal_call=True)
 
     def create_model_card(self, **kwargs):
-        """Written by the report, with recipe, data, results and hardware."""
+        """Nothing: the report writes the card."""
 
 
 def train(run: TrainingRun):
+    """Trains to the end, from the last complete checkpoint if there is one, and writes model and report."""
     checkpoint = find_last_checkpoint(run.output_dir)
-    # Checkpoints are removed when the new one is complete, and not before.
+    # A checkpoint is removed only when a newer one is complete, which the Trainer does not ensure.
     run.args.training.save_total_limit = None
     trainer = RecipeTrainer(run, checkpoint)
-    run.start()
-    run.resume(checkpoint)
+    run.start(checkpoint)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = {**result.metrics, **trainer.evaluate()}
     with run.final_weights():
         trainer.save_model()
-        run.report(trainer.model_wrapped, trainer.accelerator, metrics, trainer.state.log_history)
+        write_report(run, trainer.model_wrapped, trainer.accelerator, metrics, trainer.state.log_history)
     trainer.save_metrics("all", metrics, combined=False)
     trainer.save_state()
     if run.args.training.push_to_hub:
@@ -126,9 +127,29 @@ def train(run: TrainingRun):
     trainer.accelerator.end_training()
 
 
-def main(argv: list[str] | None = None):
-    run_program(__doc__, train, argv)
+# All words go to the parser of the training flags, which has its own `--help`.
+COMMAND_SETTINGS = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}
+COMMAND_FLAGS = flag_names()
 
 
-if __name__ == "__main__":
-    main()
+def command(context: typer.Context) -> None:
+    """
+    Train or fine-tune an HPool-ViT on your images.
+
+    Fine-tune a ViT from the Hub on a folder with one sub-folder of images per class:
+
+        hpool-vit train --train_dir photos --model_name_or_path facebook/deit-small-patch16-224 --hvt_pool 1,5,9 \\
+            --output_dir outputs/photos
+
+    Train one of the paper's models from scratch on 8 GPUs:
+
+        torchrun --nproc_per_node 8 -m hpool_vit.toolkit.command train --preset hvt-s-1 \\
+            --dataset_name imagenet-1k --output_dir outputs/hvt-s-1
+
+    The output folder holds the model, ready for from_pretrained and pipelines, its model card, the log and pictures.
+    The same command resumes from the last complete checkpoint in that folder.
+    """
+    run_program(train, context.args, introduction=inspect.getdoc(command), prog="hpool-vit train")

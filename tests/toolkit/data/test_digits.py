@@ -1,13 +1,14 @@
-"""`examples/digits.py`: scikit-learn's digits as a data set and as files."""
+"""The digits of scikit-learn as a dataset and as files."""
 
 import pytest
 from datasets import load_dataset
+from helpers import run_python
 
-from hpool_vit.toolkit.data.digits import load_digits_dataset, main
+from hpool_vit.toolkit.data.digits import load_digits_dataset, write_digits
 
 
-def test_the_files_hold_the_same_digits_as_the_data_set(tmp_path):
-    main(["--output_dir", str(tmp_path / "digits")])
+def test_the_files_hold_the_same_digits_as_the_dataset(tmp_path):
+    run_python("-m", "hpool_vit.toolkit.data.digits", "--output_dir", tmp_path / "digits")
     data = load_digits_dataset()
     for split, number in (("train", 1437), ("test", 360)):
         files = load_dataset("imagefolder", data_dir=tmp_path / "digits" / split, split="train")
@@ -18,6 +19,6 @@ def test_the_files_hold_the_same_digits_as_the_data_set(tmp_path):
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="exists and is not empty"):
-        main(["--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        write_digits(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]

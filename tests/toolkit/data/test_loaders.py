@@ -278,7 +278,7 @@ def test_a_bad_image_can_end_the_run_with_one_line(images_with_bad_ones, streami
     loaded = load(images_with_bad_ones, streaming=streaming, on_bad_image="fail")
     error = error_of(train_loader(loaded, num_workers=num_workers))
     assert isinstance(error, BadImageError)
-    assert re.fullmatch(r"/.*/bee/\w+\.\w+ is \w+.*\(--on_bad_image fail\)", str(error))
+    assert re.fullmatch(r"/.*/bee/\w+\.\w+ is \w+.*\(`on_bad_image='fail'`\)", str(error))
 
 
 @tables_and_streams
@@ -306,7 +306,10 @@ def test_a_damaged_stream_ends_the_run_with_one_line(tmp_path, num_workers):
     unknown = write_tar(tmp_path / "unknown.tar", [0, 1] * 3 + [7])
     cut = write_tar(tmp_path / "cut.tar", [0, 1] * 4)
     cut.write_bytes(cut.read_bytes()[:23_000])
-    for path, expected in ((unknown, "unknown.tar/0006.png has the label 7"), (cut, ".*cut.tar cannot be read to")):
+    for path, expected in (
+        (unknown, "unknown.tar/0006.png has the label 7"),
+        (cut, ".*cut.tar cannot be read to the end"),
+    ):
         error = error_of(train_loader(load_stream(path, num_train_images=8), num_workers=num_workers))
         assert re.fullmatch(f"{expected}.*", str(error))
 

@@ -1,4 +1,4 @@
-"""Images are found wherever they lie, and what is wrong with the data is said in one line."""
+"""Images are found in every kind of source, and whatever is wrong with the data is said in one line."""
 
 from collections import Counter
 
@@ -182,10 +182,10 @@ def test_a_label_that_is_missing_or_unknown_is_refused_with_its_row(tmp_path):
     path = str(write_parquet(tmp_path / "a.parquet", [0, 1, None, 1]))
     assert "train[2] has the label None in the column 'label'" in refusal(train_files=[path])
     path = str(write_parquet(tmp_path / "lists.parquet", [[0, 1], [1, 0]]))
-    assert "--label_column label of" in refusal(train_files=[path]) and "no classes" in refusal(train_files=[path])
+    assert "`label_column='label'` of" in refusal(train_files=[path]) and "not classes" in refusal(train_files=[path])
     path = str(write_parquet(tmp_path / "b.parquet", [0, 1, 2]))
     message = refusal(train_files=[path], class_names=["ant", "bee"])
-    assert "train[2] has the label 2" in message and "none of 0, 1" in message
+    assert "train[2] has the label 2" in message and "not one of 0, 1" in message
 
 
 def test_columns_are_listed_where_the_right_one_is_unclear(tmp_path):
@@ -193,9 +193,9 @@ def test_columns_are_listed_where_the_right_one_is_unclear(tmp_path):
     rows = {"fine": [0, 1], "coarse": [0, 0], "picture": [picture(index) for index in range(2)]}
     Dataset.from_dict(rows, features=Features(labels)).to_parquet(tmp_path / "a.parquet")
     files = {"train_files": [str(tmp_path / "a.parquet")], "validation_share": 0.5}
-    listed = "are fine (ClassLabel), coarse (ClassLabel), picture (Image): --label_column"
-    assert refusal(**files).endswith(f"{listed} must name one of them.")
-    assert refusal(**files, label_column="label").endswith(f"{listed} label is not among them.")
+    listed = "are fine (ClassLabel), coarse (ClassLabel), picture (Image): "
+    assert refusal(**files).endswith(f"{listed}`label_column` must name one of them.")
+    assert refusal(**files, label_column="label").endswith(f"{listed}`label_column='label'` is not one of them.")
     same = {"validation_files": files["train_files"], "label_column": "fine"}
     assert load(**files, **same).train.labels.tolist() == [0, 1]
 
@@ -204,7 +204,7 @@ def test_a_table_without_images_is_refused(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["a"])})
     Dataset.from_dict({"text": ["x"], "label": [0]}, features=features).to_parquet(tmp_path / "a.parquet")
     message = refusal(train_files=[str(tmp_path / "a.parquet")])
-    assert "text (Value), label (ClassLabel): --image_column must name one of them" in message
+    assert "text (Value), label (ClassLabel): `image_column` must name one of them" in message
 
 
 def test_what_is_missing_empty_or_contradictory_is_said_in_one_line(tmp_path):
@@ -218,26 +218,26 @@ def test_what_is_missing_empty_or_contradictory_is_said_in_one_line(tmp_path):
     stream = {"train_files": tar, "streaming": True}
     named = {**stream, "class_names": ["a", "b"]}
     expected = {
-        "There are no data: give --dataset_name, --train_dir or --train_files": {},
-        "--train_dir a and --dataset_name digits: give only one": {"dataset_name": "digits", "train_dir": "a"},
-        "--validation_split x is a split of --dataset_name": {"train_dir": sound, "validation_split": "x"},
+        "No data is given: set `dataset_name`, `train_dir` or `train_files`": {},
+        "`train_dir='a'` and `dataset_name='digits'`: give only one": {"dataset_name": "digits", "train_dir": "a"},
+        "`validation_split='x'` is a split of `dataset_name`": {"train_dir": sound, "validation_split": "x"},
         "No such file or directory": {"train_dir": str(tmp_path / "nowhere")},
         "Couldn't find any class folder": {"train_dir": str(tmp_path / "empty")},
         "no valid file for the classes dog": {"train_dir": folder},
-        "nowhere/*.tar: there is no such file": {"train_files": [*tar, str(tmp_path / "nowhere/*.tar")]},
+        "nowhere/*.tar'` matches no file": {"train_files": [*tar, str(tmp_path / "nowhere/*.tar")]},
         "must all end in .parquet, or all in .tar": {"train_files": [*tar, str(tmp_path / "broken.parquet")]},
-        "broken.parquet cannot be loaded: Parquet file size": {"train_files": [str(tmp_path / "broken.parquet")]},
-        "words.tar cannot be loaded: invalid literal for int": {"train_files": [str(tmp_path / "words.tar")]},
+        "broken.parquet` cannot be loaded: Parquet file size": {"train_files": [str(tmp_path / "broken.parquet")]},
+        "words.tar` cannot be loaded: invalid literal for int": {"train_files": [str(tmp_path / "words.tar")]},
         "cannot be loaded: Couldn't reach 'nobody/nothing'": {"dataset_name": "nobody/nothing"},
-        "--validation_share 1.5 must lie between 0 and 1": {"train_dir": sound, "validation_share": 1.5},
-        "--validation_share 0.9 cannot be taken from each class": {"train_dir": sound, "validation_share": 0.9},
-        "--on_bad_image ignore must be skip or fail": {"train_dir": sound, "on_bad_image": "ignore"},
-        "--max_train_images 0 must be at least 1": {"train_dir": sound, "max_train_images": 0},
-        "--num_train_images 5 is for --streaming": {"train_dir": sound, "num_train_images": 5},
-        "--class_names has 1 names, and the data have 3 classes": {"train_dir": sound, "class_names": ["a"]},
-        "--class_names is needed": stream,
-        "give --validation_dir, --validation_files or --validation_split": named,
-        "--num_train_images is needed": {**named, "validation_files": tar},
+        "`validation_share=1.5` must be between 0 and 1": {"train_dir": sound, "validation_share": 1.5},
+        "`validation_share=0.9` cannot be taken from each class": {"train_dir": sound, "validation_share": 0.9},
+        "`on_bad_image='ignore'` must be skip or fail": {"train_dir": sound, "on_bad_image": "ignore"},
+        "`max_train_images=0` must be at least 1": {"train_dir": sound, "max_train_images": 0},
+        "`num_train_images=5` is for `streaming`": {"train_dir": sound, "num_train_images": 5},
+        "`class_names` has 1 names, but the data has 3 classes": {"train_dir": sound, "class_names": ["a"]},
+        "`class_names` is required": stream,
+        "set `validation_dir`, `validation_files` or `validation_split`": named,
+        "`num_train_images` is required": {**named, "validation_files": tar},
     }
     for message, arguments in expected.items():
         assert message in refusal(**arguments)

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or ignored."""
+"""Checkpoints are either complete or ignored."""
 
 import resource
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EXAMPLES, tiny_model
+from helpers import tiny_model
 
 from hpool_vit.toolkit.training.checkpoints import (
     CheckpointError,
@@ -91,7 +91,7 @@ def test_a_disk_that_refuses_to_write_is_reported_and_the_earlier_checkpoint_sta
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written: .*[Ff]ile too large") as error:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 cannot be written: .*[Ff]ile too large") as error:
             write(tmp_path / "checkpoint-2", {"model": bytes(1_000_000)}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -119,9 +119,7 @@ def test_a_process_killed_at_any_moment_leaves_a_checkpoint_that_is_whole(tmp_pa
     for number in range(4):
         folder = tmp_path / str(number)
         folder.mkdir()
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(folder)], cwd=EXAMPLES, stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
         for _ in range(2):
             last_line = process.stdout.readline()
         time.sleep(0.013 * number)
@@ -129,7 +127,7 @@ def test_a_process_killed_at_any_moment_leaves_a_checkpoint_that_is_whole(tmp_pa
         rest, _ = process.communicate()
         steps = [int(line) for line in [last_line, *rest.split()]]
         last = find_last_checkpoint(folder)
-        # The one that was reported last, or the one behind it, if the kill came before the report.
+        # The last one reported, or the next one if the kill came before its report.
         assert int(last.name.split("-")[1]) in (steps[-1], steps[-1] + 1)
         step = last.name.split("-")[1].encode()
         assert all((last / name).read_bytes() == step * 200_000 for name in ("model", "optimizer", "state"))
@@ -140,5 +138,5 @@ def test_weights_that_are_not_finite_are_not_worth_a_checkpoint():
     check_finite_weights(model, 1)
     with torch.no_grad():
         model.classifier.bias[1] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"`classifier\.bias` are not finite at step 7"):
+    with pytest.raises(FloatingPointError, match=r"classifier\.bias are not finite at step 7"):
         check_finite_weights(model, 7)

@@ -1,4 +1,4 @@
-"""`examples/training_model.py`: what a training starts from."""
+"""What training starts from."""
 
 from helpers import tiny_model
 

@@ -1,4 +1,4 @@
-"""The training programs as users start them: killed and started again, on several processes, on several machines."""
+"""The training programs as you start them: killed and started again, in several processes, on several machines."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CODE, EXAMPLES, TESTS, TOOLKIT, run_python
+from helpers import CODE, EXAMPLES, TESTS, run_python
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hpool_vit.toolkit.training.checkpoints import find_last_checkpoint, list_checkpoints
 
 
-TRAINER, LOOP = TOOLKIT / "training/train.py", EXAMPLES / "run_image_classification_no_trainer.py"
+TRAINER, LOOP = ["-m", "hpool_vit.toolkit.command", "train"], [EXAMPLES / "run_image_classification_no_trainer.py"]
 both_programs = pytest.mark.parametrize(
     "program", [pytest.param(TRAINER, id="trainer"), pytest.param(LOOP, id="loop", marks=pytest.mark.slow)]
 )
@@ -39,8 +39,8 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
 
 
-def command(program: Path, output_dir: Path, flags: str, launcher: list[str] = ()) -> list[str]:
-    return [*map(str, launcher), str(program), *DIGITS.split(), "--output_dir", str(output_dir), *flags.split()]
+def command(program: list, output_dir: Path, flags: str, launcher: list = ()) -> list[str]:
+    return [*map(str, launcher), *map(str, program), *DIGITS.split(), "--output_dir", str(output_dir), *flags.split()]
 
 
 def results_of(output_dir: Path) -> dict[str, float]:
@@ -77,9 +77,9 @@ FLAGS += (
 
 
 @both_programs
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(program, tmp_path):
+def test_a_run_killed_at_any_moment_ends_with_the_weights_of_a_run_that_was_not(program, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    # The first kill comes while the checkpoint is being written, the second at no particular moment.
+    # The first kill comes while a checkpoint is written, the second at an arbitrary moment.
     conditions = [
         lambda: (killed / "checkpoint-6").is_dir(),
         lambda: find_last_checkpoint(killed).name == "checkpoint-9" and time.sleep(0.1) is None,
@@ -96,7 +96,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(program, tmp_path
         )
         kill_when(condition, process)
     printed = run_python(*command(program, killed, FLAGS)).stdout
-    assert "going on from" in printed
+    assert "resuming from" in printed
     output, _ = unbroken.communicate()
     assert unbroken.returncode == 0, output[-3000:]
     assert_same_weights(whole, killed)
@@ -105,7 +105,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(program, tmp_path
     assert results_of(whole)["eval_loss"] == results_of(killed)["eval_loss"]
 
 
-# Without what is drawn at random in each process.
+# Without anything that each process draws at random.
 EQUAL = "--num_train_epochs 1 --max_train_images 400 --max_validation_images 101 --learning_rate 3e-3"
 EQUAL += " --drop_path_rate 0"
 
@@ -115,7 +115,7 @@ def assert_equal_runs(folders: list[Path]):
     assert len(first) == 12
     assert second == pytest.approx(first, abs=1e-4)
     first, second = map(results_of, folders)
-    # 101 images fill no batch, and are not even.
+    # 101 images do not fill the batches, and the processes get different numbers of them.
     assert first["eval_images"] == second["eval_images"] == 101
     assert second["eval_loss"] == pytest.approx(first["eval_loss"], abs=1e-4)
     assert second["eval_top1"] == first["eval_top1"]
@@ -184,7 +184,7 @@ def test_two_processes_that_share_the_weights_train_as_one(program, tmp_path):
 
 
 def assert_whole_and_same(folder: Path, averaged: Path):
-    """Both folders are whole ones that one process loads, and the first holds the averaged weights."""
+    """One process loads both folders, and the first holds the averaged weights."""
     first, second = (AutoModelForImageClassification.from_pretrained(path).state_dict() for path in (folder, averaged))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name

@@ -1,22 +1,18 @@
+"""What a run leaves behind: tables, pictures, the machine."""
+
 import json
 import os
-import subprocess
-import sys
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluate
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
-from helpers import EXAMPLES, TOOLKIT
 from PIL import Image
 
 from hpool_vit.toolkit.training.report import (
-    compute_metrics,
     describe_hardware,
     draw_confusion_matrix,
     draw_curves,
@@ -26,7 +22,7 @@ from hpool_vit.toolkit.training.report import (
 
 
 def one_hot(predictions: list[int], num_labels: int) -> np.ndarray:
-    """Scores whose highest is the prediction's."""
+    """Scores of which the prediction has the highest."""
     return np.eye(num_labels, dtype=np.float32)[predictions]
 
 
@@ -39,122 +35,6 @@ def below_title(path: Path) -> np.ndarray:
     """The picture without its topmost part, where the title states numbers of images."""
     picture = pixels(path)
     return picture[len(picture) // 15 :]
-
-
-def test_the_confusion_matrix_counts_predictions_per_class():
-    metric = evaluate.load(str(TOOLKIT / "training" / "metrics" / "confusion_matrix"), keep_in_memory=True)
-    result = metric.compute(predictions=[0, 1, 1, 1, 3, 0], references=[0, 0, 1, 1, 1, 3], num_labels=4)
-    assert result == {
-        "confusion_matrix": [[1, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]],
-        "per_class_accuracy": [1 / 2, 2 / 3, None, 0.0],
-    }
-
-
-@pytest.mark.parametrize(("predictions", "references"), [([0, 2], [0, 1]), ([0, 1], [0, -1])])
-def test_the_confusion_matrix_loses_no_label_that_it_has_no_place_for(predictions, references):
-    metric = evaluate.load(str(TOOLKIT / "training" / "metrics" / "confusion_matrix"), keep_in_memory=True)
-    with pytest.raises(ValueError, match=r"holds (2|-1): with num_labels=2 give 0 to 1"):
-        metric.compute(predictions=predictions, references=references, num_labels=2)
-
-
-def test_accuracies_are_exact_fractions_of_the_images():
-    # The label's score stands at the ranks 1, 2, 5, 6, 8, 1 and 3.
-    ranks = [1, 2, 5, 6, 8, 1, 3]
-    scores = np.tile(np.arange(8, 0, -1, dtype=np.float32), (len(ranks), 1))
-    metrics = compute_metrics(scores, np.array(ranks) - 1)
-    assert metrics == {"top1": float(Fraction(2, 7)), "top5": float(Fraction(5, 7))}
-
-
-@pytest.mark.parametrize("num_labels", [1, 2, 5, 6, 7, 30])
-def test_the_shortcut_for_many_labels_agrees_with_the_metric_on_all_scores(num_labels):
-    generator = np.random.default_rng(num_labels)
-    # Few different values: ties everywhere.
-    scores = generator.integers(0, max(2, num_labels // 2), (200, num_labels)).astype(np.float32)
-    scores[:20, : num_labels // 2] = -np.inf
-    labels = generator.integers(0, num_labels, 200)
-    metric = evaluate.load(str(TOOLKIT / "training" / "metrics" / "topk_accuracy"), keep_in_memory=True)
-    assert compute_metrics(scores, labels) == metric.compute(predictions=scores, references=labels)
-
-
-def test_computing_metrics_leaves_its_arguments_and_the_random_state_alone():
-    scores, labels = np.random.default_rng(0).random((5, 9)), np.arange(5)
-    before, state = scores.copy(), np.random.get_state()[1].copy()
-    compute_metrics(scores, labels)
-    assert (scores == before).all() and (np.random.get_state()[1] == state).all()
-
-
-@pytest.mark.parametrize(
-    ("scores", "labels", "message"),
-    [
-        (
-            [[0.1, 0.2], [float("nan"), 0.1]],
-            [0, 1],
-            r"NaN for 1 of 2 images, first for image 1: .* lower the learning",
-        ),
-        ([[0.1, 0.2], [0.3, 0.1]], [0, 2], r"labels\[1\] is 2: give integers from 0 to 1"),
-        ([[0.1, 0.2], [0.3, 0.1]], [-100, 1], r"labels\[0\] is -100"),
-        ([[0.1, 0.2], [0.3, 0.1]], [0.0, 1.0], r"labels has the type float64: give integers"),
-        ([[0.1, 0.2], [0.3, 0.1]], [0, 1, 1], r"shape \(2, 2\) and labels \(3,\)"),
-        ([0.1, 0.2], [0, 1], r"shape \(2,\)"),
-        (np.zeros((0, 3)), np.zeros(0, dtype=int), r"one image at least"),
-    ],
-)
-def test_scores_and_labels_that_mean_nothing_are_refused(scores, labels, message, tmp_path):
-    with pytest.raises(ValueError, match=message) as error:
-        compute_metrics(np.array(scores), np.array(labels))
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=message):
-        final_report(np.array(scores), np.array(labels), ["a", "b"], tmp_path)
-    assert not any(tmp_path.iterdir())
-
-
-CONCURRENT = """
-import socket, sys, time
-from pathlib import Path
-
-sys.path.insert(0, sys.argv[1])
-folder, name, other = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-
-def refuse(*args):
-    raise AssertionError(f"a connection to {args[1:]}")
-
-socket.socket.connect = refuse
-
-import numpy as np
-from hpool_vit.toolkit.training.report import compute_metrics, final_report
-
-(folder / name).touch()
-while not (folder / other).exists():
-    time.sleep(0.01)
-for right in range(1, 16):  # each process has numbers of its own
-    images = 40 + int(name)
-    predictions = np.where(np.arange(images) < right, 3, 4)
-    metrics = compute_metrics(np.eye(9)[predictions], np.full(images, 3))
-    assert metrics == {"top1": right / images, "top5": right / images}, metrics
-report = final_report(np.eye(9)[predictions], np.full(images, 3), list("abcdefghi"), folder / f"report-{name}")
-assert report["num_images"] == images and report["most_confused"][0]["images"] == images - right, report
-print("done")
-"""
-
-
-def test_processes_that_share_a_cache_compute_metrics_at_the_same_time_without_the_hub(tmp_path):
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", CONCURRENT, EXAMPLES, tmp_path, *names],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for names in ("01", "10")
-    ]
-    for process in started:
-        output, errors = process.communicate(timeout=180)
-        assert process.returncode == 0 and output == "done\n", errors[-3000:]
-    # The code of the metrics is there; predictions of anyone are not.
-    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert files and [path for path in files if "modules" not in path.parts] == []
 
 
 def test_the_final_report_tells_accuracies_and_confused_pairs(tmp_path):

@@ -1,4 +1,4 @@
-"""Confusion matrix and accuracy per class as a metric for `evaluate`, loaded from this folder, without the Hub."""
+"""Confusion matrix and accuracy per class, a metric for `evaluate` that is loaded from this folder."""
 
 import datasets
 import evaluate
@@ -10,19 +10,20 @@ class ConfusionMatrix(evaluate.Metric):
     """
     How often each label was predicted for the images of each class.
 
-    `predictions`: the predicted labels, shape (num_images,). `references`: the labels, shape (num_images,). Both lie
-    in 0 … `num_labels` - 1, which is a `ValueError` otherwise. Returns
+    `predictions`: the predicted labels, shape (num_images,). `references`: the labels, shape (num_images,). A label
+    outside 0 … `num_labels` - 1 is a `ValueError`. Returns
 
-    - `"confusion_matrix"`: counts as `num_labels` lists of `num_labels` integers, a row per class, a column per
+    - `"confusion_matrix"`: counts as `num_labels` lists of `num_labels` integers, one row per class, one column per
       predicted label;
-    - `"per_class_accuracy"`: the share of each class's images that was predicted right; None for one without images.
+    - `"per_class_accuracy"`: the share of each class's images that is predicted right; None for a class without
+      images.
     """
 
     def _info(self):
         return evaluate.MetricInfo(
             description="Confusion matrix and accuracy per class.",
             citation="",
-            inputs_description="Predicted labels, and the labels.",
+            inputs_description="Predicted labels, and labels.",
             features=datasets.Features(
                 {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
             ),
