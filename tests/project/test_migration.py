@@ -13,11 +13,12 @@ from transformers import ViTConfig, ViTImageProcessor
 
 import hpool_vit
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
+from hpool_vit.toolkit.command import COMMANDS, load_command
 from hpool_vit.toolkit.conversion.hvt import convert_hvt, hvt_name
 
 
 SECTIONS = re.split(r"^## ", (ROOT / "docs/migration.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-CLASS, PAPER, VIT, *_ = SECTIONS[1:]
+CLASS, PAPER, VIT, PROGRAMS = SECTIONS[1:]
 
 
 def rows(section: str) -> list[tuple[list[str], list[str], str]]:
@@ -80,3 +81,11 @@ def test_the_image_processors_differ_as_the_table_says():
     assert theirs.size == {"height": 224, "width": 224} and ours.size["shortest_edge"] == 256
     assert list(theirs.image_mean) == [0.5] * 3 and list(ours.image_mean) == [0.485, 0.456, 0.406]
     assert ours.do_center_crop and ours.do_convert_rgb and not theirs.do_convert_rgb
+
+
+def test_the_table_of_programs_names_commands_and_flags_that_exist():
+    commands = re.findall(r"`hpool-vit (\w+)(.*?)`", PROGRAMS)
+    assert {name for name, _ in commands} == set(COMMANDS)
+    for name, words in commands:
+        flags = {flag for parameter in load_command(name).params for flag in parameter.opts}
+        assert set(re.findall(r"--\w+", words)) <= flags, name
