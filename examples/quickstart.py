@@ -1,6 +1,6 @@
 """
-From nothing to a classified image: trains a small HPool-ViT on handwritten digits with the Trainer, saves it, and lets
-a fresh process, which knows only the saved folder, classify the test images through the pipeline.
+From nothing to a classified image: train a small HPool-ViT on handwritten digits with the Trainer and save it. Then a
+new process, which has only the saved folder, classifies the test images with a pipeline.
 
     python examples/quickstart.py [--output_dir outputs/quickstart]
 """
@@ -23,7 +23,7 @@ SHEET_NAME = "test_images.png"
 
 
 def claim_output_dir(output_dir: Path):
-    """Makes the folder, or takes one that an earlier run made; any other is left alone."""
+    """Makes the folder, or reuses one that an earlier run made. Any other folder is left alone."""
     is_empty = output_dir.is_dir() and not any(output_dir.iterdir())
     if output_dir.exists() and not is_empty and not (output_dir / RESULTS_NAME).is_file():
         sys.exit(
@@ -44,13 +44,16 @@ def compute_metrics(prediction) -> dict[str, float]:
 
 
 def train(output_dir: Path, num_train_epochs: float, seed: int) -> dict:
-    """Trains on the training digits, saves model and image processor, and returns the results on the test digits."""
+    """Trains on the training digits, saves the model and image processor, and returns the results on the test digits."""
     import torch
     from torchvision.transforms import v2
     from transformers import DefaultDataCollator, Trainer, TrainingArguments, set_seed
 
     from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
 
+    # At every small product, each thread waits for the others: with more than one, training takes a little less time on
+    # an idle machine, and several times as long while another process computes.
+    torch.set_num_threads(1)
     set_seed(seed)
     digits = load_digits_dataset()
     names = digits["train"].features["label"].names
@@ -68,9 +71,9 @@ def train(output_dir: Path, num_train_epochs: float, seed: int) -> dict:
         label2id={name: index for index, name in enumerate(names)},
     )
     model = HPoolViTForImageClassification(config)
-    # The scans have no margin to cut off, so they fill the model's whole input.
+    # The scans have no margin to crop, so they fill the whole input of the model.
     image_processor = HPoolViTImageProcessor.for_config(config, size={"height": 32, "width": 32}, do_center_crop=False)
-    # Digits keep their meaning when turned, shifted and scaled a little, and lose it when flipped.
+    # Digits keep their meaning when they are turned, shifted and scaled a little, but not when they are flipped.
     augment = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.85, 1.15))
 
     def prepare(batch, augment=None):
@@ -119,8 +122,11 @@ def train(output_dir: Path, num_train_epochs: float, seed: int) -> dict:
 
 
 def classify(output_dir: Path) -> dict:
-    """Classifies the test digits with nothing but the saved folder and draws them; to be run in a fresh process."""
+    """Classifies the test digits with only the saved folder, and draws them. It runs in a new process."""
+    import torch
     from transformers import pipeline
+
+    torch.set_num_threads(1)
 
     classifier = pipeline("image-classification", model=str(output_dir), trust_remote_code=True)
     test = load_digits_dataset()["test"]
@@ -176,7 +182,7 @@ def main():
     if args.classify_only:
         if not results_file.is_file():
             sys.exit(
-                f"--output_dir {args.output_dir} holds no model made by this script: run it without --classify_only."
+                f"--output_dir {args.output_dir} has no model of this script: run it without --classify_only first."
             )
         results = {**json.loads(results_file.read_text()), **classify(args.output_dir)}
         results_file.write_text(json.dumps(results, indent=2) + "\n")
@@ -185,7 +191,7 @@ def main():
     claim_output_dir(args.output_dir)
     results = train(args.output_dir, args.num_train_epochs, args.seed)
     results_file.write_text(json.dumps(results, indent=2) + "\n")
-    # A process of its own, which never imports the package: what it can do, every user of the folder can.
+    # A new process that never imports the package: what it can do, every user of the folder can do.
     subprocess.run([sys.executable, __file__, "--classify_only", "--output_dir", args.output_dir], check=True)
     results = json.loads(results_file.read_text())
     print(f"\ntop-1 {results['top1']:.2%}, top-5 {results['top5']:.2%} on 360 test images (Trainer)")

@@ -1,21 +1,22 @@
 """
-Speed, latency, memory, multiply-accumulates and energy of models side by side, for inference and training steps.
+Compare the speed, latency, memory, multiply-accumulates and energy of models, for inference and training steps.
 
-    python benchmark.py --short
-    python benchmark.py --models vit-s hvt-s-1 hvt-s-3 deit_small_patch16_224 my-model --modes sdpa compile roof \
-        --batch_sizes 1 8 32 --tasks inference train --output outputs/benchmark
-    python benchmark.py --models vit-s hvt-s-3 --image_sizes 128 224 384 512 768 1024 --batch_sizes 1
+    python examples/benchmark/benchmark.py --short
+    python examples/benchmark/benchmark.py --models vit-s hvt-s-1 hvt-s-3 deit_small_patch16_224 my-model \
+        --modes sdpa compile roof --batch_sizes 1 8 32 --tasks inference train --output outputs/benchmark
+    python examples/benchmark/benchmark.py --models vit-s hvt-s-3 --image_sizes 128 224 384 512 768 1024 \
+        --batch_sizes 1
 
-Models: presets, vit-ti, vit-s, vit-b, merge-ti, merge-s, names of timm, folders and Hub ids (benchmark_models.py).
+Models: presets, vit-ti, vit-s, vit-b, merge-ti, merge-s, timm's names, folders and Hub ids (see models.py).
 Modes: eager, sdpa, flex, flash, compile, compile-max-autotune, compile-reduce-overhead, bf16, channels_last, int8,
-onnx, onnx-int8 and roof, joined by + (benchmark_modes.py).
+onnx, onnx-int8 and roof, joined by + (see modes.py).
 
-All models in all modes take turns in every round, so that a machine that slows down slows all of them. What cannot run
-is listed with the reason. Writes OUTPUT.json after every combination of task, image size and batch size, and OUTPUT.md
-and OUTPUT.png in the end.
+All models take turns in all modes in every round, so that a machine that slows down slows all of them. The report
+lists what cannot run, with the reason. The program writes OUTPUT.json after every combination of task, image size and
+batch size, and OUTPUT.md and OUTPUT.png at the end.
 """
 
-# The processes that measure memory import this file too: what only this one needs is imported where it is used.
+# The processes that measure memory import this file too, so what only the main one needs is imported where it is used.
 
 import argparse
 import gc
@@ -52,7 +53,7 @@ SHORT = {
     "min_turn_seconds": 0.0,
     "warm_up": 1,
 }
-# Packages that some modes and models need, beside those that every program here needs.
+# Packages that only some modes and models need.
 OPTIONAL = ("timm", "torchao", "onnxruntime")
 SPEED_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD", "TORCHINDUCTOR_", "CUDA_VISIBLE")
 MAX_CALLS = 1000
@@ -68,7 +69,7 @@ class Contestant:
         self.result = Measurement(row, state_mb=step.state_bytes and round(step.state_bytes / 1e6, 1))
 
     def warm_up(self, calls: int, min_turn_seconds: float):
-        """Runs a few calls, and fixes how many fill a turn."""
+        """Runs a few calls and decides how many fill a turn."""
         start = timer(self.row.device)
         self.step.call()
         self.result.ready_seconds = round(timer(self.row.device) - start, 3)
@@ -80,7 +81,7 @@ class Contestant:
 
     def take_turn(self):
         device = self.row.device
-        # Not timed: what idled during the others' turns may have left the caches, and even the memory.
+        # Not timed: during the other turns, this row's data may have left the caches and even the memory.
         self.step.call()
         joules = self.meter.joules() if self.meter else 0.0
         marks = [timer(device)]
@@ -95,7 +96,7 @@ class Contestant:
         self.result.seconds += np.diff(marks).tolist() if on_cpu else self.latencies()
 
     def latencies(self) -> list[float]:
-        """Seconds of each of as many calls again, waiting for the device behind each, which would cost throughput."""
+        """The seconds of each of as many calls again. Waiting for the device after each call would cost throughput."""
         seconds = []
         for _ in range(self.result.calls):
             start = timer(self.row.device)
@@ -143,16 +144,16 @@ class Group:
         }
 
     def enter(self, row: Row) -> float | None:
-        """Makes a row ready to run, and returns the memory that a step takes; a row that cannot run is noted."""
+        """Makes a row ready to run and returns the memory that a step takes. Notes the reason if a row cannot run."""
         start = time.perf_counter()
         memory = None
         try:
             row.check()
             if row.mode.engine in ("onnx", "onnx-int8"):
                 in_fresh_process(export_onnx, row, self.scratch)
-            takes_memory = self.args.memory and row.mode.engine != "roof"  # which has other tensors than the model
+            takes_memory = self.args.memory and row.mode.engine != "roof"  # its tensors are not the model's
             if takes_memory and row.device == "cpu":
-                # First of all: what this machine has no memory for ends that process, not this one.
+                # This comes first: if there is not enough memory, that process ends and this one goes on.
                 memory = in_fresh_process(step_memory, row, self.scratch)
             on_gpu = CudaMemory(row.device) if takes_memory and row.device != "cpu" else None
             contestant = Contestant(row, prepare(row, self.scratch), self.meter)
@@ -179,7 +180,7 @@ class Group:
     def macs(self, row: Row) -> int | None:
         try:
             return count_macs_per_image(row.model, row.image_size, row.task)
-        except Exception:  # a model that cannot be built, whose row says so already
+        except Exception:  # the model cannot be built, which its row says
             return None
 
     def peak(self, dtype: torch.dtype) -> Contestant:
@@ -191,7 +192,7 @@ class Group:
         return contestant
 
     def run_round(self, number: int, peaks: list[Contestant]):
-        """One turn of each, starting with another one each round."""
+        """One turn of each; every round starts with another one."""
         turns = [*(one for one in self.contestants if one.row not in self.failed), *peaks]
         first = number % len(turns)
         for contestant in turns[first:] + turns[:first]:
@@ -202,7 +203,7 @@ class Group:
 
 
 def measure(args: argparse.Namespace, file: ResultsFile):
-    """Measures all groups that the file has not yet."""
+    """Measures all groups that the file does not have yet."""
     meter, energy = open_energy_meter(args.device)
     file.start(
         command=shlex.join(["python", *sys.argv]),
@@ -226,7 +227,7 @@ def describe_machine() -> dict[str, Any]:
     from hpool_vit.toolkit.training.report import describe_hardware
 
     machine = describe_hardware(1)
-    # They decide how threads wait and how memory is taken, and so the speed of small products.
+    # These decide how threads wait and how memory is allocated, and so the speed of small products.
     machine["environment"] = {name: value for name, value in os.environ.items() if name.startswith(SPEED_VARIABLES)}
     for name in OPTIONAL:
         try:
@@ -244,21 +245,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=TASKS, default=["inference"], help="default: inference")
     add("--batch_sizes", type=positive, nargs="+", default=[8], help="default: 8")
     add("--image_sizes", type=positive, nargs="+", help="default: that of the first model")
-    add("--reference", help="model that the ratios are to, in the same mode, or MODEL/MODE; default: the first model")
+    add(
+        "--reference",
+        help="the model that others are compared with in the same mode, or MODEL/MODE; default: the first model",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights, where the mode has no bf16")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights, if the mode does not have bf16")
     add("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
     add("--rounds", type=positive, default=9, help="default: %(default)s")
     add("--warm_up", type=positive, default=3, help="calls before the first round (default: %(default)s)")
-    add("--min_turn_seconds", type=float, default=0.2, help="a row calls until then in each round (default: 0.2)")
     add(
-        "--no_memory", dest="memory", action="store_false", help="do not measure memory, which takes a process per row"
+        "--min_turn_seconds",
+        type=float,
+        default=0.2,
+        help="how long a row repeats its step in each round (default: 0.2)",
     )
-    add("--output", type=Path, default=Path("outputs/benchmark"), help="path of the files without ending")
-    add("--accuracy", type=Path, nargs="+", default=[], help="results of compare_runs.py, to plot against their speed")
+    add(
+        "--no_memory",
+        dest="memory",
+        action="store_false",
+        help="do not measure memory, which takes one process per row",
+    )
+    add("--output", type=Path, default=Path("outputs/benchmark"), help="path of the files, without suffix")
+    add(
+        "--accuracy",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="results of compare_runs.py: accuracies to plot against speed",
+    )
     add("--short", action="store_true", help="four models, inference and training, three rounds: about two minutes")
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with the unfinished run in OUTPUT.json")
+    again.add_argument("--resume", action="store_true", help="continue the unfinished run in OUTPUT.json")
     again.add_argument("--overwrite", action="store_true", help="replace the results in OUTPUT.json")
     if parser.parse_known_args(argv)[0].short:
         parser.set_defaults(**SHORT)
@@ -267,7 +285,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
@@ -276,7 +294,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     Fills in what depends on other flags.
 
     Raises:
-        ValueError: for a model, mode, reference or device that does not exist, before anything is measured.
+        ValueError: if a model, mode, reference or device does not exist, before anything is measured.
     """
     for name in args.models:
         find_model(name)
@@ -289,7 +307,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     args.reference = args.reference or args.models[0]
     names = [*args.models, *(f"{model}/{mode}" for model in args.models for mode in args.modes)]
     if args.reference not in names:
-        raise ValueError(f"--reference {args.reference} is none of the models: {', '.join(args.models)}.")
+        raise ValueError(f"--reference {args.reference} is not one of the models: {', '.join(args.models)}.")
     if args.device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: give cpu, cuda or cuda:1.")
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -306,7 +324,7 @@ def main(argv: list[str] | None = None):
     try:
         measure(args, file)
     except KeyboardInterrupt:
-        sys.exit(f"error: interrupted; the same command with --resume goes on with {file.path}.")
+        sys.exit(f"error: interrupted; run the same command with --resume to continue {file.path}.")
     args.output.with_name(f"{args.output.name}.md").write_text(format_results(file.results), encoding="utf-8")
     picture = plot_results([file.results], args.output.with_name(f"{args.output.name}.png"), args.accuracy)
     print(f"Results in {args.output}.json, {args.output}.md and {picture}.")

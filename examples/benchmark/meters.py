@@ -1,4 +1,4 @@
-"""What a step takes beside time: memory, measured in a fresh process, and energy, where the machine tells it."""
+"""Measure what a step takes besides time: memory, in a fresh process, and energy, if the machine reports it."""
 
 import multiprocessing
 import re
@@ -15,7 +15,7 @@ from hpool_vit.toolkit.shared.measuring import resident_bytes
 
 
 MB = 1e6
-# Loaded once in the process that the fresh ones are copies of.
+# Loaded once, in the process of which the fresh ones are copies.
 PRELOADED = [
     "torch.utils.flop_counter",
     "transformers.models.auto.modeling_auto",
@@ -27,12 +27,12 @@ PRELOADED = [
 
 def in_fresh_process(function: Callable, *args) -> Any:
     """
-    What `function(*args)` returns in a process that has computed nothing before.
+    Returns the result of `function(*args)` in a process that has computed nothing before.
 
     Raises:
-        Unavailable: with what `function` raised; also if the process was killed, as for want of memory.
+        Unavailable: if `function` raises an error, or if the process is killed because it runs out of memory.
     """
-    # Copies of a process that has only loaded the libraries, which takes seconds; Windows loads them each time.
+    # Loading the libraries takes seconds: the fresh processes are copies of one that has, except on Windows.
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
     context.set_forkserver_preload(PRELOADED)
@@ -74,16 +74,16 @@ def short_reason(error: BaseException, length: int = 160) -> str:
 
 
 def reset_peak():
-    """From here on `VmHWM` starts anew."""
-    with suppress(OSError):  # where that is not allowed, building the model counts too
+    """Starts `VmHWM` anew."""
+    with suppress(OSError):  # if that is not allowed, building the model counts too
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def step_memory(row: Row, scratch: Path) -> float | None:
     """
     The peak of resident memory during a step, in MB (10⁶ bytes), above what the process has with all libraries loaded:
-    weights, activations, in training gradients and AdamW's moments, and the allocator's waste. To be called in a
-    fresh process. None where the system does not tell.
+    weights, activations, in training gradients and AdamW's moments, and the allocator's waste. Call it in a fresh
+    process. None if the system does not report it.
     """
     torch.set_num_threads(row.threads)
     row.check()
@@ -105,7 +105,7 @@ class CudaMemory:
         self.before = torch.cuda.memory_allocated(self.device)
 
     def reset(self):
-        """From here on the peak starts anew: to be called when the model is built and warm."""
+        """Starts the peak anew. Call this when the model is built and warm."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_mb(self) -> float:
@@ -115,12 +115,12 @@ class CudaMemory:
 
 class RaplMeter:
     """
-    The energy of the processor packages since this was made, by Linux's powercap (Intel and AMD). It counts all that
-    runs on the machine.
+    The energy of the processor packages since this was made, from Linux's powercap (Intel and AMD). It counts
+    everything that runs on the machine.
 
     Raises:
-        Unavailable: where there is no such counter.
-        OSError: where only root may read it.
+        Unavailable: if there is no such counter.
+        OSError: if only root may read it.
     """
 
     source = "RAPL, processor packages, all processes"
@@ -128,7 +128,7 @@ class RaplMeter:
     def __init__(self, root: Path = Path("/sys/class/powercap")):
         zones = sorted(zone for zone in root.glob("intel-rapl:*") if re.fullmatch(r"intel-rapl:\d+", zone.name))
         if not zones:
-            raise Unavailable(f"{root} has no counter of energy")
+            raise Unavailable(f"{root} has no energy counter")
         self.zones = [(zone / "energy_uj", int((zone / "max_energy_range_uj").read_text())) for zone in zones]
         self.last = self.counters()
         self.total = 0
@@ -139,7 +139,7 @@ class RaplMeter:
     def joules(self) -> float:
         now = self.counters()
         for (_, span), before, after in zip(self.zones, self.last, now, strict=True):
-            self.total += after - before if after >= before else after - before + span  # it starts again at 0
+            self.total += after - before if after >= before else after - before + span  # it wrapped around
         self.last = now
         return self.total / 1e6
 
@@ -163,11 +163,11 @@ class NvmlMeter:
 
 
 def open_energy_meter(device: str) -> tuple[RaplMeter | NvmlMeter | None, str]:
-    """The meter of a device, or None, and in one line what it measures or why there is none."""
+    """The meter of a device or None, and one line that says what it measures or why there is none."""
     try:
         meter = NvmlMeter(device) if torch.device(device).type == "cuda" else RaplMeter()
     except ImportError:
         return None, "not available: needs nvidia-ml-py (pip install nvidia-ml-py)"
-    except Exception as error:  # NVML's own errors share no class with others
+    except Exception as error:  # NVML's errors have a base class of their own
         return None, f"not available: {short_reason(error)}"
     return meter, meter.source

@@ -1,18 +1,18 @@
 """
-The models that the benchmark knows by name, with new weights: what weights hold does not change the speed.
+The models that the benchmark knows by name. Their weights are new, because the values do not change the speed.
 
     hvt-s-1, …              the paper's models (presets of HPoolViTConfig)
     vit-ti, vit-s, vit-b    Transformers' ViT of width 192, 384 and 768
     merge-ti, merge-s       such a ViT whose most similar tokens merge in four stages (`pool_mode="merge"`)
-    deit_small_patch16_224, pit_s_224, swin_tiny_patch4_window7_224, …  any model of timm
+    deit_small_patch16_224, pit_s_224, swin_tiny_patch4_window7_224, …  any timm model
     a folder or Hub id      any image classifier of Transformers, this package's included
 
-A name can carry fields that shall differ, each behind an `@`: `hvt-s-3@hvt_pool=1,5@pool_mode=avg`.
+To change fields of the configuration, append them with an `@` each: `hvt-s-3@hvt_pool=1,5@pool_mode=avg`.
 
-Token merging as published (ToMe, arXiv 2210.09461) is in no maintained package: neither timm nor Transformers has it,
-its authors' repository supports timm 0.4 and is not on PyPI, and `tomesd` there is for diffusion models. `merge-…`
-stands for it: after ToMe, and at equal multiply-accumulates closer to the unpooled model's answers
-(docs/results/warm_start.md).
+No maintained package has token merging as published (ToMe, arXiv 2210.09461): neither timm nor Transformers has it,
+the authors' repository supports timm 0.4 and is not on PyPI, and `tomesd` is for diffusion models. `merge-…` stands in
+for it: it merges after ToMe's idea, and at equal multiply-accumulates its answers are closer to those of the unpooled
+model (docs/results/warm_start.md).
 """
 
 import importlib.util
@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ViTConfig
 
@@ -46,24 +45,12 @@ class Unavailable(RuntimeError):
     """A model or mode that cannot run here; the message says why."""
 
 
-class Logits(nn.Module):
-    """Any classifier as a function from images to logits."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        outputs = self.model(pixel_values)
-        return outputs if isinstance(outputs, torch.Tensor) else outputs.logits
-
-
 def split_name(name: str) -> tuple[str, dict[str, Any]]:
     """
-    The name in front of the first `@`, and the fields behind it.
+    The name before the first `@`, and the fields after it.
 
     Raises:
-        ValueError: for a part behind an `@` that is not `field=value`.
+        ValueError: if a part after an `@` is not `field=value`.
     """
     base, *parts = name.split("@")
     if not parts:
@@ -80,11 +67,11 @@ def split_name(name: str) -> tuple[str, dict[str, Any]]:
 
 def find_model(name: str) -> Callable[..., nn.Module]:
     """
-    What builds the model `name`: a function of `image_size` (None: the model's own) and `attention` ("eager", "sdpa",
-    "flex_attention", "flash_attention_2").
+    Returns the function that builds the model `name`, with the arguments `image_size` (None: the model's own) and
+    `attention` ("eager", "sdpa", "flex_attention", "flash_attention_2").
 
     Raises:
-        ValueError: for a name that is none of the above, or a field that the model refuses.
+        ValueError: if the name is unknown, or the model rejects a field.
     """
     base, fields = split_name(name)
     if base in (*PRESETS, *VITS, *MERGED) or is_transformers_model(base):
@@ -92,13 +79,13 @@ def find_model(name: str) -> Callable[..., nn.Module]:
             load_config(base, fields)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"--models {name}: no model can be made of this: {reason}") from error
+            raise ValueError(f"--models {name}: cannot build this model: {reason}") from error
         return lambda image_size=None, attention="sdpa": build_transformers(base, fields, image_size, attention)
     if is_timm_model(base):
         return lambda image_size=None, attention="sdpa": build_timm(base, fields, image_size, attention)
     raise ValueError(
-        f"--models {name}: no model of that name. Known are {', '.join((*PRESETS, *VITS, *MERGED))}, folders and Hub "
-        "ids of Transformers models, and timm's models" + ("." if has_timm() else ", with `pip install timm`.")
+        f"--models {name}: unknown model. Known are {', '.join((*PRESETS, *VITS, *MERGED))}, folders and Hub "
+        "ids of Transformers models, and timm's models" + ("." if has_timm() else " if you run `pip install timm`.")
     )
 
 
@@ -148,7 +135,7 @@ def build_timm(name: str, fields: dict[str, Any], image_size: int | None, attent
     if image_size is not None and image_size != TIMM_IMAGE_SIZE:
         fields = {**fields, "img_size": image_size}
     fused = use_fused_attn()
-    # timm's layers look at this when they are made.
+    # timm's layers read this when they are built.
     set_fused_attn(attention == "sdpa")
     try:
         return timm.create_model(name, **fields)
@@ -157,7 +144,7 @@ def build_timm(name: str, fields: dict[str, Any], image_size: int | None, attent
 
 
 def own_image_size(name: str) -> int:
-    """The image size that a model is made for; of a rectangle the height."""
+    """The image size that a model is made for; the height if it is not square."""
     base, fields = split_name(name)
     if not (base in (*PRESETS, *VITS, *MERGED) or is_transformers_model(base)):
         return fields.get("img_size", TIMM_IMAGE_SIZE)

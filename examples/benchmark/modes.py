@@ -1,14 +1,14 @@
 """
-The ways in which the benchmark runs a model, and the step that is timed in each.
+The modes in which the benchmark runs a model, and the step that it times in each.
 
     eager, sdpa, flex, flash     attention: plain products, PyTorch's fused one (the default of every mode), Flex and
                                  Flash attention
     compile, compile-max-autotune, compile-reduce-overhead     torch.compile in that mode
     bf16                         bfloat16; in training by autocast, with weights in float32
     channels_last                images and weights in that memory format
-    int8                         Linear layers in int8 by torchao, inputs quantised as they come
+    int8                         Linear layers in int8 by torchao, inputs quantised dynamically
     onnx, onnx-int8              ONNX Runtime on the CPU, in float32 and with Linear layers in int8
-    roof                         the matrix products of the model alone (benchmark_roof.py)
+    roof                         the matrix products of the model alone (see roof.py)
 
 Modes are joined by `+`: `bf16+compile`, `flash+bf16`, `bf16+roof`, `int8+compile`.
 """
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import Logits, Unavailable, find_model
+from models import Unavailable, find_model
 from roof import record_products, run_products
 from torch import nn
 
-from hpool_vit.toolkit.shared.measuring import count_call_macs
+from hpool_vit.toolkit.shared.measuring import Logits, count_call_macs
 
 
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flex": "flex_attention", "flash": "flash_attention_2"}
@@ -40,7 +40,7 @@ TASKS = ("inference", "train")
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to run a model; `name` is what the user wrote, `dtype` that of the weights and of the products."""
+    """One way to run a model. `name` is what the user wrote; the weights and products have the type `dtype`."""
 
     name: str
     attention: str = "sdpa"
@@ -52,22 +52,24 @@ class Mode:
 
 def parse_mode(name: str, dtype: torch.dtype = torch.float32) -> Mode:
     """
-    The mode that `name` describes, with weights in `dtype` where it says nothing of them.
+    The mode that `name` describes, with weights in `dtype` unless it says otherwise.
 
     Raises:
-        ValueError: for an unknown part, and for parts that exclude each other.
+        ValueError: if a part is unknown, or two parts exclude each other.
     """
     parts = name.split("+")
     for part in parts:
         if part not in PARTS:
-            raise ValueError(f"--modes {name}: {part!r} is none of {', '.join(PARTS)}, or several joined by +.")
+            raise ValueError(
+                f"--modes {name}: {part!r} is not one of {', '.join(PARTS)}, or several of them joined by +."
+            )
     for kind in (ATTENTION, COMPILE, ENGINES):
         if len(given := [part for part in parts if part in kind]) > 1:
             raise ValueError(f"--modes {name}: {given[0]} and {given[1]} exclude each other.")
     engine = next((part for part in parts if part in ENGINES), None)
     combinable = {None: PARTS, "int8": COMPILE, "roof": ("bf16", "channels_last")}.get(engine, ())
     if other := [part for part in parts if part != engine and part not in combinable]:
-        raise ValueError(f"--modes {name}: {engine} does not go together with {other[0]}.")
+        raise ValueError(f"--modes {name}: {engine} cannot be combined with {other[0]}.")
     return Mode(
         name=name,
         attention=next((ATTENTION[part] for part in parts if part in ATTENTION), "sdpa"),
@@ -81,7 +83,7 @@ def parse_mode(name: str, dtype: torch.dtype = torch.float32) -> Mode:
 
 @dataclass(frozen=True)
 class Row:
-    """What is timed: a model in a mode at a task, `images` being (batch_size, 3, image_size, image_size)."""
+    """What is timed: a model in a mode at a task, on images of shape (batch_size, 3, image_size, image_size)."""
 
     model: str
     mode: Mode
@@ -96,19 +98,19 @@ class Row:
         return self.task == "train"
 
     def check(self):
-        """Raises `Unavailable` where the mode alone tells that it cannot run."""
+        """Raises `Unavailable` if the mode alone shows that the row cannot run."""
         engine = self.mode.engine
         if self.trains and engine not in (None, "roof"):
-            raise Unavailable(f"{engine} is for inference")
+            raise Unavailable(f"{engine} is only for inference")
         if self.trains and self.mode.dtype == torch.float16:
-            raise Unavailable("training in float16 needs loss scaling, which changes the step: use bf16")
+            raise Unavailable("training in float16 needs loss scaling, which changes the step; use bf16")
         if self.device != "cpu" and engine in ("onnx", "onnx-int8"):
-            raise Unavailable(f"{engine} is measured on the CPU")
+            raise Unavailable(f"{engine} is measured only on the CPU")
 
 
 @dataclass
 class Step:
-    """What is timed, `call`, and the bytes that stay allocated between two calls: weights, and what training adds."""
+    """`call` is timed; `state_bytes` stay allocated between two calls: the weights, and what training adds."""
 
     call: Callable[[], Any]
     state_bytes: int | None = None
@@ -120,11 +122,11 @@ def prepare(row: Row, scratch: Path) -> Step:
 
     Args:
         row: what to time.
-        scratch: a folder for exported models, which are used again when they are there.
+        scratch: a folder for exported models. Models that are in it already are used again.
 
     Raises:
-        Unavailable: where it cannot run here. Whatever else PyTorch and other packages raise for the same reason comes
-            as it is.
+        Unavailable: if the row cannot run here. Errors of PyTorch and other packages with the same cause are passed
+            on.
     """
     row.check()
     if row.mode.engine in ("onnx", "onnx-int8"):
@@ -169,7 +171,7 @@ def inference_step(
 def training_step(
     row: Row, model: nn.Module, images: torch.Tensor, function: Callable | None = None
 ) -> Callable[[], Any]:
-    """Forward, cross-entropy, backward and AdamW's step."""
+    """Forward pass, cross-entropy, backward pass and AdamW's step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     labels = torch.arange(len(images), device=images.device) % 2
     half = row.mode.dtype != torch.float32
@@ -185,12 +187,12 @@ def training_step(
 
 
 def compiled(model: nn.Module, mode: str) -> Callable:
-    # Each model of a run is compiled for itself, and all of them count for the same lines of code.
+    # Each model of a run is compiled separately, and all count towards the limit of the same lines of code.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     function = torch.compile(model, mode=mode, dynamic=False)
 
     def call(images: torch.Tensor) -> torch.Tensor:
-        # With CUDA graphs: the outputs of the last step are no longer needed.
+        # CUDA graphs: the outputs of the last step are no longer needed.
         torch.compiler.cudagraph_mark_step_begin()
         return function(images)
 
@@ -216,7 +218,7 @@ def prepare_onnx(row: Row, scratch: Path) -> Step:
 
 
 def export_onnx(row: Row, scratch: Path) -> Path:
-    """The model's ONNX file in `scratch`, with a free batch size; written if it is not there yet."""
+    """The model's ONNX file in `scratch`, with a free batch size; written if it does not exist yet."""
     from hpool_vit.toolkit.export.export import FORMATS
 
     name = f"{row.model.replace('/', '_')}-{row.image_size}"
@@ -238,7 +240,7 @@ def export_onnx(row: Row, scratch: Path) -> Path:
 
 @functools.cache
 def count_macs_per_image(model: str, image_size: int, task: str) -> int:
-    """Multiply-accumulates of one image, in training with the backward pass; without computing anything."""
+    """Multiply-accumulates of one image, with the backward pass in training. Nothing is computed."""
     network = Logits(find_model(model)(image_size=image_size)).to("meta").train(task == "train")
     images = torch.zeros(1, 3, image_size, image_size, device="meta")
     if task == "train":
@@ -248,8 +250,8 @@ def count_macs_per_image(model: str, image_size: int, task: str) -> int:
 
 
 def import_libraries(mode: Mode):
-    """Loads what the mode needs, so that the memory measured from here on is the model's."""
+    """Loads what the mode needs, so that memory measured after this is the model's."""
     if mode.compile:
         torch.compile(nn.Linear(1, 1), mode=mode.compile)(torch.ones(1, 1))
     if mode.engine in ("onnx", "onnx-int8"):
-        import predict_onnx  # noqa: F401
+        import onnxruntime  # noqa: F401

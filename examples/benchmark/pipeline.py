@@ -1,19 +1,20 @@
 """
-Where the time goes from an image file to its class, and how many images per second the whole way takes.
+Measure where the time goes between an image file and its class, and the images per second of the whole way.
 
-    python benchmark_pipeline.py --models vit-ti hvt-ti-1 --images_dir photos --output outputs/pipeline
+    python examples/benchmark/pipeline.py --models vit-ti hvt-ti-1 --images_dir photos --output outputs/pipeline
 
 The ways (--ways):
 
-    pipeline         Transformers' `pipeline("image-classification")` on file names, as it comes: one process
+    pipeline         Transformers' `pipeline("image-classification")` on file names with its defaults: one process
     dataloader       a DataLoader whose workers decode with Pillow and run the image processor on each batch
     dataloader-pil   the same with the image processor's Pillow backend
     device           workers only decode; the image processor runs on the whole batch on --device
-    device-draft     the same, and Pillow decodes large JPEGs at a half, quarter or eighth of their size, where that is
-                     not below the size to resize to: much less work, and pixels that differ a little
+    device-draft     the same, but Pillow decodes large JPEGs at a half, quarter or eighth of their size, as long as
+                     that is not below the target size: much less work, with slightly different pixels
 
 Each way is measured twice: with a clock around each step, all in one process, and as a whole with its workers. Models
-and ways take turns in every round. All models get the same image processor. Writes OUTPUT.json and OUTPUT.md.
+and ways take turns in every round. All models get the same image processor. The program writes OUTPUT.json and
+OUTPUT.md.
 """
 
 import argparse
@@ -46,12 +47,12 @@ def find_images(directory: Path, number: int) -> list[Path]:
     """The first `number` images of a folder and its sub-folders."""
     files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
     if not files:
-        raise ValueError(f"--images_dir {directory} holds no images ({', '.join(IMG_EXTENSIONS)}).")
+        raise ValueError(f"--images_dir {directory} has no images ({', '.join(IMG_EXTENSIONS)}).")
     return files[:number]
 
 
 def make_photos(folder: Path, number: int) -> list[Path]:
-    """JPEG files of 500 × 375 pixels, upright or not, with colours as smooth as a photo's."""
+    """Writes JPEG files of 500 × 375 pixels, landscape and portrait, with colours as smooth as a photo's."""
     generator = torch.Generator().manual_seed(0)
     files = []
     for index in range(number):
@@ -67,17 +68,17 @@ def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
     The models by name.
 
     Raises:
-        ValueError: for a model that is none of Transformers', which `pipeline` needs, or of another image size.
+        ValueError: if a model is not a Transformers model, which `pipeline` needs, or the image sizes differ.
     """
     models = {}
     for name in args.models:
         model = find_model(name)().eval().requires_grad_(False)
         if not hasattr(model, "config"):
-            raise ValueError(f"--models {name}: a model of timm has no pipeline; give models of Transformers.")
+            raise ValueError(f"--models {name}: a timm model has no pipeline; give Transformers models.")
         models[name] = model.to(args.device, DTYPES[args.dtype])
     sizes = {name: model.config.image_size for name, model in models.items()}
     if len(set(map(str, sizes.values()))) > 1:
-        raise ValueError(f"--models: the models take images of different sizes, {sizes}: give models of one size.")
+        raise ValueError(f"--models: the models take images of different sizes, {sizes}; give models of one size.")
     return models
 
 
@@ -144,9 +145,8 @@ def format_results(results: dict[str, Any]) -> str:
         format_table(header, rows),
         "",
         "images/s: of the whole way with its workers, median (quartiles). The steps: ms per image and share, all in",
-        "one process; *normalise* with the crop, *other*: conversion to tensors, stacking, and what is around it all.",
-        "The last column: speed of all that comes before the model as a multiple of the model's; above 1 the model is",
-        "the limit.",
+        "one process; *normalise* includes the crop, *other* is tensor conversion, stacking and the rest. The last",
+        "column: speed of everything before the model as a multiple of the model's; above 1, the model is the limit.",
         "",
     ]
     return "\n".join(lines)
@@ -156,17 +156,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", default=["vit-ti", "hvt-ti-1"], metavar="NAME", help="default: vit-ti hvt-ti-1")
-    add("--reference", help="model that the ratios are to (default: the first)")
+    add("--reference", help="the model that others are compared with (default: the first)")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
-    add("--images_dir", type=Path, help="folder of images (default: JPEGs of 500 × 375 pixels, made on the spot)")
-    add("--num_images", type=int, default=128, help="at most (default: %(default)s)")
+    add("--images_dir", type=Path, help="folder of images (default: generated JPEGs of 500 × 375 pixels)")
+    add("--num_images", type=int, default=128, help="the most images to use (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="default: %(default)s")
     add("--num_workers", type=int, default=os.cpu_count(), help="default: one per core")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--dtype", choices=DTYPES, default="float32", help="of the model (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="behind one for warm-up (default: %(default)s)")
-    add("--output", type=Path, default=Path("outputs/pipeline"), help="path of the files without ending")
+    add("--rounds", type=int, default=5, help="after one for warm-up (default: %(default)s)")
+    add("--output", type=Path, default=Path("outputs/pipeline"), help="path of the files, without suffix")
     args = parser.parse_args(argv)
     for name in ("num_images", "batch_size", "threads", "rounds"):
         if getattr(args, name) < 1:
@@ -174,9 +174,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.models, args.ways = (list(dict.fromkeys(values)) for values in (args.models, args.ways))
     args.reference = args.reference or args.models[0]
     if args.reference not in args.models:
-        raise ValueError(f"--reference {args.reference} is none of the models: {', '.join(args.models)}.")
+        raise ValueError(f"--reference {args.reference} is not one of the models: {', '.join(args.models)}.")
     if args.images_dir and not args.images_dir.is_dir():
-        raise ValueError(f"--images_dir {args.images_dir} is no folder.")
+        raise ValueError(f"--images_dir {args.images_dir} is not a folder.")
     return args
 
 
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None):
         "command": shlex.join(["python", *sys.argv]),
         "machine": describe_hardware(1),
         "load_average": load,
-        "images": f"of {args.images_dir}" if args.images_dir else "made on the spot, 500 × 375",
+        "images": f"of {args.images_dir}" if args.images_dir else "generated, 500 × 375",
         "settings": {name: value for name, value in vars(args).items() if name not in ("images_dir", "output")},
         "records": records,
     }

@@ -1,12 +1,12 @@
 """
-Draws the results of benchmark.py, of one run or several, and the accuracy of trained models against their speed.
+Draw the results of one or more runs of benchmark.py, and the accuracy of trained models against their speed.
 
-    python benchmark_plots.py outputs/batches.json outputs/sizes.json --output docs/results/benchmark \
+    python examples/benchmark/plots.py outputs/batches.json outputs/sizes.json --output docs/results/benchmark \
         --accuracy docs/results/*.json
 
-Has a panel for what the results hold: throughput against batch, time and memory against image size, speed against the
-reference where there is one batch and size, and accuracy against throughput for each file of compare_runs.py or
-measure_warm_start.py that has both.
+The panels depend on the results: throughput against batch size, time and memory against image size, or speed against
+the reference if there is one batch size and image size; and accuracy against throughput for each file of
+examples/research (compare_runs.py, warm_start_training_free.py) that has both.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def collect(results: list[dict[str, Any]]) -> Records:
 
 
 def curves(records: Records, across: str) -> dict[str, Records]:
-    """By label, the records of a model in a mode that differ in `across` alone; those with two values or more."""
+    """By label, the records of a model in a mode that differ only in `across`, if there are two or more."""
     fixed = "image_size" if across == "batch_size" else "batch_size"
     by_curve = defaultdict(dict)
     for record in records:
@@ -106,7 +106,7 @@ def draw_memory(by_label: dict[str, Records], axes: Axes):
 
 
 def ticks(axes: Axes, by_label: dict[str, Records], name: str):
-    """Names the sizes that were measured."""
+    """Puts a tick at each measured size, and the legend."""
     values = sorted({point[name] for points in by_label.values() for point in points})
     axes.set_xticks(values, [str(value) for value in values])
     axes.minorticks_off()
@@ -114,7 +114,7 @@ def ticks(axes: Axes, by_label: dict[str, Records], name: str):
 
 
 def draw_bars(records: Records, axes: Axes):
-    """Speed against the reference, and beside it the multiply-accumulates saved; without a reference images/s."""
+    """Speed against the reference, with the multiply-accumulates saved; images/s if there is no reference."""
     labels = [f"{record['model']}, {record['mode']}" for record in records]
     if compared := all("faster" in record for record in records):
         low, middle, high = zip(*(record["faster"] for record in records), strict=True)
@@ -135,7 +135,7 @@ def draw_bars(records: Records, axes: Axes):
 
 
 def read_accuracies(path: Path) -> dict[str, tuple[float, float]]:
-    """By model images/s and top-1 in percent; none for a file of other results."""
+    """Images/s and top-1 in percent by model; empty if the file holds other results."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -195,8 +195,8 @@ def plot_results(results: list[dict[str, Any]], path: Path, accuracy_files: list
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON files of benchmark.py")
-    parser.add_argument("--output", type=Path, required=True, help="path of the picture without ending")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that benchmark.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="path of the picture, without suffix")
     parser.add_argument("--accuracy", type=Path, nargs="+", default=[], help="JSON files with accuracy and images/s")
     args = parser.parse_args(argv)
     path = args.output.with_name(f"{args.output.name}.png")

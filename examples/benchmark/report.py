@@ -1,4 +1,4 @@
-"""What the benchmark's rounds say: medians, ratios round by round, and tables in Markdown."""
+"""Summarise the rounds of a benchmark: medians, ratios within each round, and tables in Markdown."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,16 +12,16 @@ from hpool_vit.toolkit.shared.measuring import format_table, quartiles
 
 NOTES = """\
 images/s and all ratios: median over the rounds (quartiles). Ratios are taken within each round, in which all rows take
-turns. *MACs*: multiply-accumulates per image, of training with the backward pass; *fewer*: than the reference's.
+turns. *MACs*: multiply-accumulates per image, with the backward pass in training; *fewer*: than the reference's.
 *faster*: than the reference in the same mode. p50, p95: of a whole batch. *memory*: on a CPU the peak of resident
-memory of a step in a fresh process, above that with all libraries loaded; on a GPU the peak of PyTorch's tensors.
+memory during a step in a fresh process, above that with all libraries loaded; on a GPU the peak of PyTorch's tensors.
 *of roof*: speed as a share of the model's matrix products alone. *of peak*: multiply-accumulates per second as a share
 of those of one large matrix product."""
 
 
 @dataclass
 class Measurement:
-    """What was measured of one row: per round the images per second, per call the seconds."""
+    """The measurements of one row: images per second in each round, and seconds of each call."""
 
     row: Row
     reason: str | None = None
@@ -46,9 +46,9 @@ def summarise(
     One record per row, for JSON.
 
     Args:
-        measurements: of one group, all with as many rounds.
+        measurements: the rows of one group, all with the same number of rounds.
         reference: a model, which is compared in the same mode, or `model/mode`.
-        peaks: by type the measurement of one large matrix product.
+        peaks: the measurement of one large matrix product, by type.
         has_energy: whether `joules` were measured.
     """
     by_name = {(measurement.row.model, measurement.row.mode.name): measurement for measurement in measurements}
@@ -90,7 +90,7 @@ def describe_speed(measurement: Measurement, has_energy: bool) -> dict[str, Any]
 
 
 def compare(measurement: Measurement, base: Measurement | None) -> dict[str, Any]:
-    """The ratios to the reference: speed, multiply-accumulates, memory and energy, above 1 where it takes more."""
+    """The ratios to the reference: `faster`, `fewer_macs` and `memory_ratio`."""
     if base is None or not base.ran:
         return {}
     comparison: dict[str, Any] = {"faster": ratios(measurement, base)}
@@ -122,7 +122,7 @@ def share_of_peak(measurement: Measurement, peak: Measurement) -> list[float]:
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """All of a run as Markdown."""
+    """A whole run as Markdown."""
     machine, settings = results["machine"], results["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     environment = ", ".join(f"{name}={value}" for name, value in machine["environment"].items())
@@ -135,7 +135,7 @@ def format_results(results: dict[str, Any]) -> str:
         f"- device {settings['device']}, {settings['threads']} threads, {settings['rounds']} rounds",
         f"- load average at the start: {results['load_average']}",
         f"- versions: {versions}",
-        f"- environment: {environment or 'nothing set for threads and memory'}",
+        f"- environment: {environment or 'no variables for threads and memory'}",
         f"- energy: {results['energy']}",
         *([] if results["complete"] else ["- **unfinished**: groups are missing"]),
     ]
@@ -152,7 +152,7 @@ def title(group: dict[str, Any]) -> str:
 
 
 def format_group(group: dict[str, Any], reference: str) -> str:
-    """The table of one group, without the columns that have nothing in them, and below it what could not run."""
+    """The table of one group without empty columns, and below it what could not run."""
     ran = [row for row in group["rows"] if "not_run" not in row]
     columns = {
         "model": lambda row: row["model"],

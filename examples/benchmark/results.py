@@ -1,4 +1,4 @@
-"""The file of a benchmark's results, which is written group by group and never lost to another run."""
+"""The file of a benchmark's results: it grows group by group, and no other run overwrites it by accident."""
 
 import argparse
 import json
@@ -8,17 +8,17 @@ from typing import Any
 from hpool_vit.toolkit.shared.files import write_json
 
 
-# What does not change the numbers.
+# Flags that do not change the numbers.
 NO_SETTINGS = ("output", "accuracy", "resume", "overwrite", "short")
 
 
 class ResultsFile:
     """
-    `OUTPUT.json`: `complete`, `settings`, `groups`, and what `start` is given.
+    `OUTPUT.json`, with `complete`, `settings`, `groups`, and the facts that `start` is given.
 
     Raises:
-        ValueError: if there are results already and neither `--resume` nor `--overwrite` was given, and if those to go
-            on with were measured with other settings.
+        ValueError: if there are results already and neither `--resume` nor `--overwrite` is given, or if the results
+            to continue were measured with other settings.
     """
 
     def __init__(self, output: Path, args: argparse.Namespace):
@@ -31,18 +31,20 @@ class ResultsFile:
     def go_on(self, resume: bool):
         old = read_results(self.path)
         if not resume:
-            remedy = "--overwrite replaces it" if old["complete"] else "--resume goes on, --overwrite starts again"
+            remedy = (
+                "--overwrite replaces it" if old["complete"] else "--resume continues it, --overwrite starts again"
+            )
             state = "a finished" if old["complete"] else "an unfinished"
             raise ValueError(f"{self.path} holds {state} run: {remedy}, or give another --output.")
         new = self.results["settings"]
         if changed := [f"--{name}" for name, value in new.items() if old["settings"].get(name) != value]:
             raise ValueError(
-                f"{self.path} was measured with another {', '.join(changed)}: give the same to --resume it."
+                f"{self.path} was measured with another {', '.join(changed)}: give the same values to --resume it."
             )
         self.results = old
 
     def start(self, **facts: Any):
-        """Notes the circumstances of the run, unless it goes on with an earlier one on the same machine."""
+        """Records the circumstances of the run, unless it continues an earlier one on the same machine."""
         machine = self.results.get("machine", facts["machine"])
         if machine != facts["machine"]:
             raise ValueError(
@@ -69,15 +71,15 @@ class ResultsFile:
 
 def read_results(path: Path) -> dict[str, Any]:
     """
-    The content of a results file.
+    Reads a file of results.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not one.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(results, dict) or not {"complete", "settings", "groups"} <= results.keys():
-        raise ValueError(f"{path} is no file of benchmark.py's results.")
+        raise ValueError(f"{path} is not a results file of benchmark.py.")
     return results

@@ -1,9 +1,9 @@
 """
-How fast a model could be at most: its matrix products alone, and the device's fastest matrix product.
+How fast a model could be at most: the speed of its matrix products alone, and of the device's fastest product.
 
-The products are recorded while the model runs (linear layers, patch embedding, both products of attention; in training
-those of the backward pass too) and then run one behind the other on memory that is there already, with nothing in
-between: no norms, activations, softmax, copies or allocation. Attention counts as two batched products.
+The products are recorded while the model runs: linear layers, patch embedding, both products of attention, and in
+training those of the backward pass. Then they run one after the other on memory that is allocated already, without
+norms, activations, softmax, copies or allocation in between. Attention counts as two batched products.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 
 aten = torch.ops.aten
-# Those that can write into memory that is there already, and those that cannot.
+# Operations that can write into allocated memory, and operations that cannot.
 MATRIX_PRODUCTS = {op.default: op.out for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 
@@ -36,9 +36,9 @@ class Product:
 
 class ProductRecorder(TorchDispatchMode):
     """
-    Records the matrix products that run inside it. Operands that are weights stay the weights, so that each is read
-    from where the model reads it; all others become random tensors of the same shape, strides and type, which are
-    shared between products alike.
+    Records the matrix products that run inside it. Weights stay the model's own, so that each is read from where the
+    model reads it. All other operands become random tensors of the same shape, strides and type, which similar
+    products share.
     """
 
     def __init__(self, model: nn.Module):
@@ -80,7 +80,7 @@ class ProductRecorder(TorchDispatchMode):
 
 @contextmanager
 def plain_attention():
-    """Attention as two products in the type of the model, which PyTorch would otherwise widen for half precision."""
+    """Computes attention as two products in the model's type; PyTorch would widen half precision."""
     widened = not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:

@@ -1,6 +1,4 @@
-"""
-The ways from image files to classes that benchmark_pipeline.py measures, with a clock around each of their steps.
-"""
+"""The ways from image files to classes that pipeline.py measures, with a clock around each step."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from hpool_vit.toolkit.shared.measuring import timer
 
 WAYS = ("pipeline", "dataloader", "dataloader-pil", "device", "device-draft")
 STEPS = ("decode", "resize", "normalise", "other", "forward")
-# What the image processors' methods count as, by their backend; the rest of their work is "other".
+# The step that each method of the image processors belongs to, by backend; the rest of their work is "other".
 METHODS = {
     "torchvision": {"resize": "resize", "center_crop": "normalise", "rescale_and_normalize": "normalise"},
     "pil": {"resize": "resize", "center_crop": "normalise", "rescale": "normalise", "normalize": "normalise"},
@@ -31,7 +29,7 @@ METHODS = {
 
 
 class Clock:
-    """The seconds spent in each step, where `running`."""
+    """The seconds spent in each step while `running`."""
 
     def __init__(self, device: str):
         self.device = device
@@ -51,7 +49,7 @@ class Clock:
 
     @contextmanager
     def measure(self) -> Iterator[dict[str, float]]:
-        """Fills a dict with the seconds of each step of what runs inside; "other" is what no step was."""
+        """Fills a dictionary with the seconds of each step of what runs inside; "other" is the rest."""
         self.seconds.clear()
         shares: dict[str, float] = {}
         self.running = True
@@ -78,7 +76,7 @@ def open_pillow(file: Path) -> Image.Image:
 
 
 def open_tensor(file: Path, size: int | None = None) -> torch.Tensor:
-    """The image, (3, height, width) in uint8; of a JPEG a reduced one with sides of at least `size`."""
+    """The image, (3, height, width) in uint8. With `size`, a JPEG is decoded at a reduced size of at least that."""
     with Image.open(file) as image:
         if size is not None:
             image.draft("RGB", (size, size))
@@ -98,7 +96,7 @@ class Images(Dataset):
 
 
 class Way:
-    """One way from files to classes, for any model; `run` goes it once for all files."""
+    """One way from files to classes, for any model."""
 
     def __init__(self, name: str, files: list[Path], processors: dict[str, Any], clock: Clock, args):
         self.name = name
@@ -129,7 +127,7 @@ class Way:
         return self.processor(images, return_tensors="pt", device=device).pixel_values
 
     def run(self, model: nn.Module, parallel: bool) -> list[int]:
-        """The class of each file."""
+        """Classifies all files once and returns the class of each."""
         if self.name == "pipeline":
             return self.run_pipeline(model)
         classes = []

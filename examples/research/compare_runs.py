@@ -1,12 +1,12 @@
 """
-Compares runs of the training programs: accuracy per seed, MACs, and speed measured side by side.
+Compare finished training runs: accuracy per seed, MACs, and speed measured side by side.
 
-    python compare_runs.py outputs/pooled-seed0 outputs/pooled-seed1 outputs/unpooled-seed0 --reference unpooled \
-        --output docs/results/training_digits
+    python examples/research/compare_runs.py outputs/pooled-seed0 outputs/pooled-seed1 outputs/unpooled-seed0 \
+        --reference unpooled --output docs/results/training_digits
 
-Folders whose names differ by an ending `-seed<number>` are seeds of one model. Writes the numbers to `OUTPUT.json`
-and the curves to `OUTPUT.png`, and prints a table in Markdown. The models take turns in the timing, because the speed
-of a machine drifts: ratios count.
+Folders whose names differ only in a final `-seed<number>` are seeds of one model. The program writes the numbers to
+OUTPUT.json and the curves to OUTPUT.png, and prints a table in Markdown. The models take turns in the timing, because
+the speed of a machine drifts: only ratios count.
 """
 
 import argparse
@@ -17,24 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
 from hpool_vit import HPoolViTForImageClassification
 from hpool_vit.toolkit.hub.results import format_comparison
 from hpool_vit.toolkit.shared.files import write_json
-from hpool_vit.toolkit.shared.measuring import count_macs, measure_speed
-
-
-class Logits(nn.Module):
-    """A saved model that answers with its logits alone."""
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        self.model = HPoolViTForImageClassification.from_pretrained(folder).eval()
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values).logits
+from hpool_vit.toolkit.shared.measuring import Logits, count_macs, measure_speed
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -43,8 +31,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         results = json.loads((folder / "all_results.json").read_text())
         log = json.loads((folder / "log.json").read_text())
     except OSError as error:
-        sys.exit(f"error: {folder} is no folder of a finished training run: {error.strerror} ({error.filename}).")
-    # The saved weights are the averaged ones where there are such.
+        sys.exit(f"error: {folder} is not a finished training run: {error.strerror} ({error.filename}).")
+    # A run that averages its weights saves the averaged ones.
     top1 = "eval_ema_top1" if "eval_ema_top1" in results else "eval_top1"
     return {
         "accuracy": 100 * results[top1],
@@ -56,7 +44,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def group_runs(folders: list[Path]) -> dict[str, dict[str, Any]]:
-    """By name of the model, the runs of its seeds."""
+    """The runs of each model, by name and seed."""
     models: dict[str, dict[str, Any]] = {}
     for folder in folders:
         name, _, seed = re.fullmatch(r"(.+?)(-seed(\d+))?", folder.name).groups()
@@ -67,8 +55,9 @@ def group_runs(folders: list[Path]) -> dict[str, dict[str, Any]]:
 
 def measure(models: dict[str, dict[str, Any]], batch_size: int, rounds: int):
     """Adds MACs and images per second of inference to each model."""
-    modules = [Logits(Path(model.pop("folder"))) for model in models.values()]
-    config = modules[0].model.config
+    loaded = [HPoolViTForImageClassification.from_pretrained(model.pop("folder")) for model in models.values()]
+    modules = [Logits(model.eval()) for model in loaded]
+    config = loaded[0].config
     images = torch.randn(batch_size, config.num_channels, *config.image_shape)
     for model, module, speed in zip(models.values(), modules, measure_speed(modules, images, rounds), strict=True):
         model |= {"macs": count_macs(module, images[:1]), "images_per_second": round(speed, 1)}
@@ -100,15 +89,15 @@ def plot_models(models: dict[str, dict[str, Any]], path: Path):
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="output folders of finished runs")
-    parser.add_argument("--reference", required=True, help="name of the model that the ratios are to")
-    parser.add_argument("--output", type=Path, required=True, help="path of the files to write, without ending")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--reference", required=True, help="the model that others are compared with")
+    parser.add_argument("--output", type=Path, required=True, help="path of the files to write, without suffix")
+    parser.add_argument("--batch_size", type=int, default=32, help="of the timing (default: 32)")
     parser.add_argument("--rounds", type=int, default=7, help="of the timing (default: 7)")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     models = group_runs(args.runs)
     if args.reference not in models:
-        sys.exit(f"error: --reference {args.reference} is none of the runs: {', '.join(models)}.")
+        sys.exit(f"error: --reference {args.reference} is not one of the runs: {', '.join(models)}.")
     measure(models, args.batch_size, args.rounds)
     write_json(args.output.with_suffix(".json"), models)
     plot_models(models, args.output.with_suffix(".png"))

@@ -29,7 +29,6 @@ from warm_start_training_free import (
     MERGES,
     RESIZES,
     STD,
-    Logits,
     ToMe,
     add_measuring_arguments,
     predict,
@@ -39,7 +38,7 @@ from warm_start_training_free import (
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 from hpool_vit.toolkit.conversion.vit import convert_vit
 from hpool_vit.toolkit.shared.files import write_json
-from hpool_vit.toolkit.shared.measuring import count_macs, measure_speed, time_in_turns
+from hpool_vit.toolkit.shared.measuring import Logits, count_macs, measure_speed, time_in_turns
 
 
 def pool_config(pool_mode: str, blocks: list[int], stage_positions: str = "zero") -> dict[str, Any]:

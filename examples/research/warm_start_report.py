@@ -75,7 +75,7 @@ def format_against_tome(settings: list[Setting]) -> str:
 
 
 def format_rules(results: dict[str, Any]) -> str:
-    """The results of every rule as a Markdown table: top-1 under each resize and mean KL, of all photos and by half."""
+    """The results of every rule as a Markdown table: top-1 under each resize and mean KL, all photos and by half."""
     parts = ("all", "half A", "half B")
     rows = []
     for name, scores in results.items():

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from hpool_vit import HPoolViTForImageClassification, HPoolViTModel, pooling_hpool_vit
 from hpool_vit.toolkit.conversion.vit import convert_vit
 from hpool_vit.toolkit.shared.files import write_json
-from hpool_vit.toolkit.shared.measuring import count_macs, measure_speed
+from hpool_vit.toolkit.shared.measuring import Logits, count_macs, measure_speed
 
 
 # The index among ImageNet's 1000 classes of each label of the ants-and-bees photos.
@@ -155,17 +155,6 @@ class Setting:
     config: dict[str, Any] = field(default_factory=dict)
     num_merged: int = 0
     results: dict[str, Any] = field(default_factory=dict)
-
-
-class Logits(nn.Module):
-    """A model that returns only its logits, as `ToMe` does."""
-
-    def __init__(self, model: HPoolViTForImageClassification):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values).logits
 
 
 def build(setting: Setting, weights: str) -> nn.Module:

@@ -145,13 +145,13 @@ def test_names_stand_for_the_models_that_they_say():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--models", "hvt-xl"], r"--models hvt-xl: no model of that name.*hvt-s-3"),
-        (["--models", "hvt-s-1@hvt_pool=1,30"], r"--models hvt-s-1@hvt_pool=1,30: no model can be made of this: .*30"),
+        (["--models", "hvt-xl"], r"--models hvt-xl: unknown model.*hvt-s-3"),
+        (["--models", "hvt-s-1@hvt_pool=1,30"], r"--models hvt-s-1@hvt_pool=1,30: cannot build this model: .*30"),
         (["--models", "vit-ti@width"], "`@width` is not `@field=value`"),
-        (["--modes", "fast"], "--modes fast: 'fast' is none of eager, sdpa"),
+        (["--modes", "fast"], "--modes fast: 'fast' is not one of eager, sdpa"),
         (["--modes", "eager+flash"], "eager and flash exclude each other"),
-        (["--modes", "onnx+compile"], "onnx does not go together with compile"),
-        (["--reference", "vit-b"], "--reference vit-b is none of the models: vit-ti"),
+        (["--modes", "onnx+compile"], "onnx cannot be combined with compile"),
+        (["--reference", "vit-b"], "--reference vit-b is not one of the models: vit-ti"),
         (["--device", "tpu"], "--device tpu: give cpu, cuda"),
     ],
 )
@@ -179,7 +179,7 @@ def test_no_run_is_lost_and_an_unfinished_one_goes_on(folders, tmp_path):
     results = json.loads(finished)
     marked = results["groups"][0]["rows"][0]["images_per_second"] = [1.0, 2.0, 3.0]
     file.write_text(json.dumps({**results, "complete": False}))
-    with pytest.raises(ValueError, match="holds an unfinished run: --resume goes on, --overwrite starts again"):
+    with pytest.raises(ValueError, match="holds an unfinished run: --resume continues it, --overwrite starts again"):
         main(command)
     with pytest.raises(ValueError, match="was measured with another --tasks, --rounds"):
         main([*command, "--resume", "--rounds", "3", "--tasks", "train"])
@@ -257,7 +257,7 @@ def test_energy_is_added_up_over_packages_and_over_the_end_of_a_counter(tmp_path
     write(1, 3_000_000)
     assert meter.joules() == pytest.approx(1.5 + 2)
     assert meter.joules() == pytest.approx(3.5)
-    with pytest.raises(Unavailable, match="has no counter"):
+    with pytest.raises(Unavailable, match="has no energy counter"):
         RaplMeter(tmp_path / "none")
     meter, source = open_energy_meter("cpu")
     assert (meter is None) == source.startswith("not available")
@@ -304,7 +304,7 @@ def test_other_files_are_not_taken_for_results(tmp_path):
     file = tmp_path / "results.json"
     for content in ("[]", "{", '{"complete": true}'):
         file.write_text(content)
-        with pytest.raises(ValueError, match=r"results\.json (is no file of|cannot be read)"):
+        with pytest.raises(ValueError, match=r"results\.json (is not a results file of|cannot be read)"):
             read_results(file)
 
 
@@ -346,13 +346,13 @@ def test_without_torchao_int8_says_what_to_install(folders, tmp_path, monkeypatc
 
 def test_what_is_for_inference_or_for_the_cpu_is_not_measured_elsewhere():
     for mode in ("int8", "onnx", "onnx-int8", "int8+compile"):
-        with pytest.raises(Unavailable, match="is for inference"):
+        with pytest.raises(Unavailable, match="is only for inference"):
             row("vit-ti", mode, "train").check()
-    with pytest.raises(Unavailable, match="on the CPU"):
+    with pytest.raises(Unavailable, match="only on the CPU"):
         Row("vit-ti", parse_mode("onnx"), "inference", 32, 2, device="cuda").check()
 
 
 def test_a_users_mistake_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: --models \S+none: no model can be made of this: .+$"):
+    with pytest.raises(SystemExit, match=r"^error: --models \S+none: cannot build this model: .+$"):
         run(lambda: main(["--models", str(tmp_path / "none"), "--output", str(tmp_path / "results")]))
     assert list(tmp_path.iterdir()) == []

@@ -46,7 +46,7 @@ def test_without_photos_the_program_makes_some(folders, tmp_path, capsys):
     output = tmp_path / "pipeline"
     flags = ["--num_images", "2", "--num_workers", "0", "--rounds", "1", "--ways", "device", "--threads", "1"]
     main(["--models", folders["pooled"], *flags, "--device", "cpu", "--output", str(output)])
-    assert "2 images made on the spot" in capsys.readouterr().out
+    assert "2 images generated" in capsys.readouterr().out
     assert len(json.loads(output.with_suffix(".json").read_text())["records"]) == 1
 
 
@@ -90,10 +90,10 @@ def test_the_photos_are_jpegs_of_both_orientations_and_always_alike(photos, tmp_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--reference", "hvt-s-1"], "--reference hvt-s-1 is none of the models: vit-ti, hvt-ti-1"),
-        (["--images_dir", "no-such-folder"], "--images_dir no-such-folder is no folder"),
+        (["--reference", "hvt-s-1"], "--reference hvt-s-1 is not one of the models: vit-ti, hvt-ti-1"),
+        (["--images_dir", "no-such-folder"], "--images_dir no-such-folder is not a folder"),
         (["--rounds", "0"], "--rounds 0: give at least 1"),
-        (["--models", "pit_ti_224"], "a model of timm has no pipeline"),
+        (["--models", "pit_ti_224"], "a timm model has no pipeline"),
         (["--models", "vit-ti@image_size=32@num_hidden_layers=1", "hvt-ti-1"], "images of different sizes"),
     ],
 )
@@ -105,7 +105,7 @@ def test_mistakes_are_named_before_anything_is_measured(flags, message, photos, 
 
 def test_a_folder_without_images_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match=r"holds no images \(\.jpg"):
+    with pytest.raises(ValueError, match=r"has no images \(\.jpg"):
         find_images(tmp_path, 3)
 
 

@@ -18,7 +18,6 @@ from warm_start_training_free import (
     IMAGENET_CLASSES,
     MERGES,
     RULES,
-    Logits,
     ToMe,
     compare,
     compared_by,
@@ -26,6 +25,8 @@ from warm_start_training_free import (
     merge_most_similar,
 )
 from warm_start_training_free import main as training_free
+
+from hpool_vit.toolkit.shared.measuring import Logits
 
 
 RESULTS = ROOT / "docs" / "results"
