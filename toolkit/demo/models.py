@@ -15,8 +15,9 @@ from PIL import Image
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
+from ..inspection.figure import draw
 from ..inspection.stats import model_stats
-from ..inspection.visualize import draw, trace_images
+from ..inspection.visualize import trace_images
 from ..shared.figures import save_figure
 from ..shared.measuring import time_in_turns, timer
 from ..shared.saved_model import SavedModelError, load_saved_classifier
