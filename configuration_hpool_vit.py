@@ -1,12 +1,11 @@
 """HPool-ViT configuration."""
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from functools import wraps
-from typing import Any, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -16,7 +15,6 @@ from transformers.configuration_utils import PreTrainedConfig
 
 LN_ORDERS = ("pre", "post", "residual")
 PATCHIFY_TECHNIQUES = ("linear", "convolutional")
-POOL_MODES = ("max", "avg", "merge")
 
 # The models of the paper (Table 1 and Section 4): all share image size 224, patch 16, 12 blocks, head width 64.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -66,21 +64,40 @@ def _each_once(schedules: Iterable[Any]) -> list[Any]:
     return unique
 
 
-def _still_needed(stored: list[list[int]], wanted: list[list[int]]) -> list[list[int]]:
-    """
-    The `stored` schedules without which the `wanted` ones could not take over their stages: those for whose number of
-    tokens a wanted stage was made, or all of them, where a new stage is to start from the nearest trained one.
-    """
-    blocks = set(itertools.chain.from_iterable(wanted))
-    if not blocks <= set(itertools.chain.from_iterable(stored)):
-        return stored
-    makers = [next(schedule for schedule in stored if block in schedule) for block in blocks]
-    return [schedule for schedule in stored if schedule in wanted or schedule in makers]
-
-
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     # The fields have no lists any more: they became tuples on assignment.
     return (size, size) if isinstance(size, int) else cast(tuple[int, int], size)
+
+
+def window_length(config: "HPoolViTConfig", num_tokens: int, stage: int) -> int:
+    """Number of windows along `num_tokens` tokens (paper Section 3.2); below 1 if there are too few tokens for one."""
+    return (num_tokens - config.pool_kernel_size) // config.pool_stride + 1
+
+
+def merged_length(config: "HPoolViTConfig", num_tokens: int, stage: int) -> int:
+    """Number of tokens left of `num_tokens` at the merging stage `stage`, counted from 0."""
+    return num_tokens - config.num_merged(num_tokens, stage)
+
+
+class PoolMode(NamedTuple):
+    """
+    What the configuration knows about a pooling mode; `pooling_hpool_vit.POOLINGS` has the class that computes it.
+
+    Attributes:
+        length: the number of tokens after a stage, from the configuration, the number before it, and which entry of
+            `hvt_pool` the stage is.
+        has_positions: whether a stage has position embeddings of its own.
+    """
+
+    length: Callable[["HPoolViTConfig", int, int], int]
+    has_positions: bool
+
+
+POOL_MODES = {
+    "max": PoolMode(window_length, has_positions=True),
+    "avg": PoolMode(window_length, has_positions=True),
+    "merge": PoolMode(merged_length, has_positions=False),
+}
 
 
 @refuse_with_value_error
@@ -133,9 +150,12 @@ class HPoolViTConfig(PreTrainedConfig):
             Blocks, counted from 0, at whose input the tokens are pooled, rising; None or []: never. Changes in a
             trained model with `model.set_hvt_pool([1])` or `from_pretrained(…, hvt_pool=[1])`.
         hvt_pool_choices (`list[list[int] | None]`, *optional*):
-            The schedules that the model has stages for, `hvt_pool` among them; None: only that one. A block has as
-            many position embeddings as tokens under the first schedule that pools there, and resizes them for others.
-            Given to `from_pretrained` beside `hvt_pool`, a trained model loses the stages that none of them needs.
+            The schedules to train for and to offer, in any order; None: only `hvt_pool`. If you pass it to
+            `from_pretrained`, the model drops the stages that neither these schedules nor `hvt_pool` need.
+        stages (`dict[int, int]`, *optional*):
+            Which blocks have a pooling stage with weights, and the number of position embeddings of each; they are
+            resized where a schedule leaves another number of tokens. You rarely set it: it records what a trained
+            model has. None: the stages of `hvt_pool`, one position embedding per token.
         pool_mode (`str`, defaults to `"max"`):
             `"max"` or `"avg"`: 1-D pooling along the token axis (paper Section 3.2). `"merge"`: the most similar
             tokens join (after ToMe, arXiv 2210.09461).
@@ -211,6 +231,7 @@ class HPoolViTConfig(PreTrainedConfig):
     ln_order: str = "residual"
     hvt_pool: Schedule = field(default_factory=lambda: [1, 5, 9])
     hvt_pool_choices: list[Schedule] | tuple[Schedule, ...] | None = None
+    stages: dict[int, int] | dict[str, int] | None = None
     pool_mode: str = "max"
     pool_kernel_size: int = 3
     pool_stride: int = 2
@@ -255,24 +276,46 @@ class HPoolViTConfig(PreTrainedConfig):
             value = list(value)  # also a copy, which nobody else can change
         elif key == "hvt_pool_choices" and isinstance(value, list | tuple):
             value = _each_once(value)
+        elif key == "stages" and isinstance(value, dict):
+            # Keys are text in JSON.
+            value = {int(block) if str(block).isdecimal() else block: number for block, number in value.items()}
         elif key == "drop_path_rate" and value is None:
             value = 0.0
         super().__setattr__(key, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        if config_dict.get("hvt_pool_choices") and config_dict.get("stages") is None:
+            config_dict = {**config_dict, "stages": cls._stages_before_they_were_recorded(config_dict)}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        if {"hvt_pool", "hvt_pool_choices"} & kwargs.keys():
-            # Weights come with the schedules that they were saved for, and a model needs a place for them.
-            stored = [*filter(config._accepts, cls(**config_dict)._schedules_with_weights(config.pool_mode))]
-            if "hvt_pool_choices" in kwargs:
-                wanted = [*config.schedules, list(config.hvt_pool or [])]
-                stored = [*_still_needed(stored, wanted), *wanted]
-            config._list_schedules(stored)
+        if {"hvt_pool", "hvt_pool_choices"} & kwargs.keys() and "stages" not in kwargs:
+            # The weights are those of the saved configuration, and the model needs a place for them.
+            config.stages = config._stages_to_keep(cls(**config_dict), drop_unneeded="hvt_pool_choices" in kwargs)
         # The overrides in `kwargs` were assigned one by one, and must fit each other.
         config.validate()
         return result
+
+    @classmethod
+    def _stages_before_they_were_recorded(cls, config_dict: dict[str, Any]) -> dict[int, int] | None:
+        """In version 0.1, the first schedule in the list that pools at a block decided its position embeddings."""
+        config = cls(**{**config_dict, "hvt_pool_choices": None})
+        if not POOL_MODES[config.pool_mode].has_positions:
+            return None
+        stages: dict[int, int] = {}
+        for schedule in [*config_dict["hvt_pool_choices"], config.hvt_pool]:
+            stages = config.with_schedule(schedule)._own_stages() | stages
+        return stages
+
+    def _stages_to_keep(self, saved: "HPoolViTConfig", drop_unneeded: bool) -> dict[int, int] | None:
+        if not (POOL_MODES[saved.pool_mode].has_positions and POOL_MODES[self.pool_mode].has_positions):
+            return None
+        stages = {block: n for block, n in saved.stage_positions().items() if block < self.num_hidden_layers}
+        needed = {block for schedule in self.schedules for block in schedule}
+        # A new stage starts from the nearest one, so none is dropped then.
+        if drop_unneeded and needed <= stages.keys():
+            return {block: n for block, n in stages.items() if block in needed}
+        return stages
 
     @property
     def stochastic_depth(self) -> bool:
@@ -318,16 +361,13 @@ class HPoolViTConfig(PreTrainedConfig):
             )
         for stage, block in enumerate(self.hvt_pool or []):
             left = tokens[-1]
-            if self.pool_mode == "merge":
-                tokens.append(left - self.num_merged(left, stage))
-            elif left < self.pool_kernel_size:
+            tokens.append(POOL_MODES[self.pool_mode].length(self, left, stage))
+            if tokens[-1] < 1:
                 raise ValueError(
                     f"`hvt_pool={self.hvt_pool}` runs out of tokens at block {block}: {left} left, and "
                     f"`pool_kernel_size={self.pool_kernel_size}` needs as many. Pool at fewer blocks, or use larger "
                     "images, smaller patches or a smaller kernel."
                 )
-            else:
-                tokens.append((left - self.pool_kernel_size) // self.pool_stride + 1)
         return tokens
 
     def num_merged(self, num_tokens: int, stage: int) -> int:
@@ -339,11 +379,34 @@ class HPoolViTConfig(PreTrainedConfig):
 
     @property
     def schedules(self) -> list[list[int]]:
-        """The schedules that the model has stages for, `hvt_pool_choices` or `hvt_pool` alone; []: no pooling."""
-        return [list(schedule or []) for schedule in self.hvt_pool_choices or [self.hvt_pool]]
+        """The schedules that the model is meant for: `hvt_pool_choices`, and `hvt_pool` itself; []: no pooling."""
+        return [schedule or [] for schedule in _each_once([*(self.hvt_pool_choices or []), self.hvt_pool or []])]
+
+    def stage_positions(self) -> dict[int, int]:
+        """
+        How many position embeddings the stage at each block has, by block: those of the recorded `stages`; for other
+        blocks one per token under `hvt_pool` or, if only other schedules pool there, under the one of them that
+        leaves the most. Empty if stages have no position embeddings.
+        """
+        if not POOL_MODES[self.pool_mode].has_positions:
+            return {}
+        positions: dict[int, int] = {}
+        for schedule in self.hvt_pool_choices or []:
+            for block, num_tokens in self.with_schedule(schedule)._own_stages().items():
+                positions[block] = max(num_tokens, positions.get(block, 0))
+        positions |= self._own_stages() | (self.stages or {})
+        return dict(sorted(positions.items()))
+
+    def _own_stages(self) -> dict[int, int]:
+        """The tokens after each stage of `hvt_pool`, by block."""
+        return dict(zip(self.hvt_pool or [], self.tokens_per_stage()[1:], strict=True))
+
+    def new_stages(self) -> list[int]:
+        """The blocks whose stages are newer than the recorded `stages`, so that saved weights lack them."""
+        return [] if self.stages is None else [block for block in self.stage_positions() if block not in self.stages]
 
     def with_schedule(self, hvt_pool: Schedule) -> "HPoolViTConfig":
-        """A copy that knows no other schedule than `hvt_pool`; it is not validated."""
+        """A copy with the schedule `hvt_pool` and no other; it is not validated."""
         config = copy.copy(self)
         config.hvt_pool_choices = None
         config.hvt_pool = hvt_pool
@@ -351,32 +414,16 @@ class HPoolViTConfig(PreTrainedConfig):
 
     def change_schedule(self, hvt_pool: Schedule) -> None:
         """
-        Assigns `hvt_pool`; where stages have weights, this schedule and those before it stay in `hvt_pool_choices`.
+        Assigns `hvt_pool`, and records the stages that the model has had so far in `stages`.
 
         Raises:
-            ValueError: for a schedule that no model can be built with; nothing is changed then.
+            ValueError: for a schedule that no model can be built with; nothing changes then.
         """
         config = self.with_schedule(hvt_pool)
-        config._list_schedules(self._schedules_with_weights(self.pool_mode))
-        config._check_pooling()
-        self.hvt_pool, self.hvt_pool_choices = config.hvt_pool, config.hvt_pool_choices
-
-    def _schedules_with_weights(self, pool_mode: str) -> list[list[int]]:
-        """Those whose stages have weights in a model of this configuration that one with `pool_mode` can take over."""
-        merges = "merge" in (self.pool_mode, pool_mode)
-        return [] if merges and self.hvt_pool_choices is None else self.schedules
-
-    def _list_schedules(self, schedules: list[list[int]]) -> None:
-        """Makes `schedules` and `hvt_pool` the choices; one alone needs no list."""
-        choices = _each_once([*schedules, self.hvt_pool or []])
-        self.hvt_pool_choices = choices if len(choices) > 1 else None
-
-    def _accepts(self, hvt_pool: Schedule) -> bool:
-        try:
-            self.with_schedule(hvt_pool).validate()
-        except ValueError:
-            return False
-        return True
+        config._check_schedule()
+        if POOL_MODES[self.pool_mode].has_positions:
+            self.stages = self.stage_positions()
+        self.hvt_pool = config.hvt_pool
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "HPoolViTConfig":
@@ -412,6 +459,9 @@ class HPoolViTConfig(PreTrainedConfig):
         self._check_numbers()
         self._check_sizes()
         self._check_pooling()
+        if self.stages is None and self.hvt_pool_choices and POOL_MODES[self.pool_mode].has_positions:
+            # So that a saved folder tells them; see `_stages_before_they_were_recorded`.
+            self.stages = self.stage_positions()
 
     def _check_sizes(self) -> None:
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
@@ -463,15 +513,17 @@ class HPoolViTConfig(PreTrainedConfig):
     def _check_pooling(self) -> None:
         self._check_schedule()
         choices = self.hvt_pool_choices or []
-        if choices and (self.hvt_pool or None) not in choices:
-            raise ValueError(
-                f"`hvt_pool={self.hvt_pool}` is none of `hvt_pool_choices={choices}`: choose one of them, or add it."
-            )
         for choice in choices:
             try:
                 self.with_schedule(choice)._check_schedule()
             except ValueError as error:
                 raise ValueError(f"`hvt_pool_choices={choices}`: {error}") from None
+        for block, number in (self.stages or {}).items():
+            if block not in range(self.num_hidden_layers) or number < 1:
+                raise ValueError(
+                    f"`stages={self.stages}` must map blocks from 0 to {self.num_hidden_layers - 1} to numbers of "
+                    f"position embeddings, each at least 1; {block}: {number} does not fit."
+                )
 
     def _check_schedule(self) -> None:
         blocks = self.hvt_pool or []

@@ -1,6 +1,7 @@
 """HPool-ViT: a Vision Transformer that pools its token sequence between blocks (arXiv 2103.10619)."""
 
 import math
+import re
 from collections import OrderedDict
 from os import PathLike
 from typing import Any, Unpack
@@ -17,11 +18,13 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_hpool_vit import HPoolViTConfig
+from .configuration_hpool_vit import POOL_MODES, HPoolViTConfig
 from .pooling_hpool_vit import (
     HPoolViTPooling,
     HPoolViTStages,
     Streams,
+    Tokens,
+    class_token,
     mean_over_patches,
     proportional_attention_mask,
     resize_positions,
@@ -216,10 +219,8 @@ class HPoolViTDropPath(nn.Module):
 class HPoolViTLayer(GradientCheckpointingLayer):
     """
     What the blocks of every `ln_order` have in common: attention A and MLP M, each branch through layer scale and drop
-    path. A block takes and returns one or two streams of hidden states, the first being those that attention reads.
+    path. A block takes and returns its streams of hidden states; attention reads the first.
     """
-
-    num_streams = 1
 
     def __init__(self, config: HPoolViTConfig, index: int):
         super().__init__()
@@ -233,6 +234,16 @@ class HPoolViTLayer(GradientCheckpointingLayer):
         # Its share of `drop_path_rate`: 0 at the first block, 1 at the last.
         self.depth = index / max(config.num_hidden_layers - 1, 1)
         self.drop_path = HPoolViTDropPath((config.drop_path_rate or 0.0) * self.depth)
+
+    @staticmethod
+    def start(hidden_states: torch.Tensor) -> Tokens:
+        """The tokens that the first block takes, from the embeddings."""
+        return Tokens(hidden_states)
+
+    @staticmethod
+    def finish(tokens: Tokens, layernorm: nn.Module) -> torch.Tensor:
+        """The model's hidden states, from the tokens that the last block returns and the final LayerNorm."""
+        return layernorm(tokens.hidden_states)
 
     def attention_branch(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.drop_path(self.layer_scale1(self.attention(hidden_states, **kwargs)[0]))
@@ -256,11 +267,21 @@ class HPoolViTPostNormLayer(HPoolViTLayer):
         hidden_states = self.layernorm_before(hidden_states + self.attention_branch(hidden_states, **kwargs))
         return (self.layernorm_after(hidden_states + self.mlp_branch(hidden_states)),)
 
+    @staticmethod
+    def finish(tokens: Tokens, layernorm: nn.Module) -> torch.Tensor:
+        return tokens.hidden_states
+
 
 class HPoolViTResidualLayer(HPoolViTLayer):
     """ResiDual (arXiv 2304.14802): a post-norm stream x, and a stream r that sums the branches without norm."""
 
-    num_streams = 2
+    @staticmethod
+    def start(hidden_states: torch.Tensor) -> Tokens:
+        return Tokens(hidden_states, residual=hidden_states)
+
+    @staticmethod
+    def finish(tokens: Tokens, layernorm: nn.Module) -> torch.Tensor:
+        return tokens.hidden_states + layernorm(tokens.residual)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor, **kwargs: Any) -> Streams:
         branch = self.attention_branch(hidden_states, **kwargs)
@@ -273,11 +294,15 @@ class HPoolViTResidualLayer(HPoolViTLayer):
 LAYERS = {"pre": HPoolViTPreNormLayer, "post": HPoolViTPostNormLayer, "residual": HPoolViTResidualLayer}
 
 
+# Names of weights in version 0.1, as patterns, and their names now.
+EARLIER_NAMES = {r"pooled_layernorm\.": "layernorm."}
+
+
 class HPoolViTPreTrainedModel(PreTrainedModel):
     """Loading, saving, initialisation and what else Transformers' models share."""
 
     config: HPoolViTConfig
-    base_model: Any  # `HPoolViTModel`, which Transformers could not resolve here
+    base_model: Any  # `HPoolViTModel`, a name that Transformers cannot resolve here
     base_model_prefix = "hpool_vit"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
@@ -286,6 +311,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _supports_context_parallel = False  # every token attends to every other, and pooling needs them in order
     _can_compile_fullgraph = True
     _can_record_outputs = {
         # The embeddings themselves, because the first block may already see pooled ones.
@@ -308,8 +334,8 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, HPoolViTPooling) and module.block in self.base_model.pooling.later_blocks():
-            init.copy_(module.position_embeddings, self.base_model.pooling.positions_for(module.block))
+        elif isinstance(module, HPoolViTPooling) and module.block in self.config.new_stages():
+            init.copy_(module.position_embeddings, self.base_model.pooling.initial_positions(module.block))
         elif isinstance(module, (HPoolViTEmbeddings, HPoolViTPooling)):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
             if isinstance(module, HPoolViTEmbeddings) and module.cls_token is not None:
@@ -358,6 +384,18 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
             self._init_weights(stage)
 
     @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, key_mapping=EARLIER_NAMES | (key_mapping or {}), **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Transformers would save the weights under the earlier names again.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if EARLIER_NAMES.keys().isdisjoint(conversion.source_patterns)
+        ]
+        return loaded
+
+    @classmethod
     def is_remote_code(cls) -> bool:
         # FSDP2 gives a model a class of its own, whose module is torch's and no code to be saved.
         return super().is_remote_code() and not cls.__module__.startswith("torch.")
@@ -365,6 +403,8 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
+        if POOL_MODES[self.config.pool_mode].has_positions:
+            self.config.stages = self.config.stage_positions()
         # By itself Transformers lists only the class that is saved, and every Auto class shall load the folder.
         self.config.auto_map = {
             cls._auto_class: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
@@ -374,6 +414,13 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         # By itself Transformers copies the code of the model's own class, which may be a user's subclass.
         if is_main_process:
             custom_object_save(HPoolViTForImageClassification, save_directory)
+
+
+def rename_earlier_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Lets `load_state_dict` take weights that an earlier version saved, as `from_pretrained` does."""
+    for pattern, name in EARLIER_NAMES.items():
+        for key in [key for key in state_dict if re.match(re.escape(prefix) + pattern, key)]:
+            state_dict[re.sub(pattern, name, key)] = state_dict.pop(key)
 
 
 @auto_docstring(
@@ -389,15 +436,13 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         config.validate()
         self.embeddings = HPoolViTEmbeddings(config)
         self.pooling = HPoolViTStages(config)
-        # Weights saved before these schedules were added have no stages for them.
-        self._keys_to_ignore_on_load_missing = [rf"pooling\.{block}\." for block in self.pooling.later_blocks()]
-        layer = LAYERS[config.ln_order]
-        self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])
-        self.num_streams = layer.num_streams
-        layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        normalises_tokens = config.ln_order != "post" and not config.norm_after_pooling
-        self.layernorm = layernorm if normalises_tokens else nn.Identity()
-        self.pooled_layernorm = layernorm if config.norm_after_pooling else nn.Identity()
+        self._keys_to_ignore_on_load_missing = [rf"pooling\.{block}\." for block in config.new_stages()]
+        self.layer_class = LAYERS[config.ln_order]
+        self.layers = nn.ModuleList([self.layer_class(config, index) for index in range(config.num_hidden_layers)])
+        has_norm = config.ln_order != "post"
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
+        self.readout = class_token if config.use_class_token else mean_over_patches
+        self.register_load_state_dict_pre_hook(rename_earlier_weights)
         self.post_init()
 
     @merge_with_config_defaults
@@ -419,26 +464,24 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         if kwargs.pop("attention_mask", None) is not None:  # type: ignore[typeddict-item]
             raise ValueError("HPool-ViT takes no `attention_mask`: every token is attended to. Leave it out.")
         interpolate_pos_encoding = bool(interpolate_pos_encoding)
-        streams = (self.embeddings(pixel_values, interpolate_pos_encoding),) * self.num_streams
-        sizes, attention_mask = None, None  # patches per token, known once tokens merge
+        tokens = self.layer_class.start(self.embeddings(pixel_values, interpolate_pos_encoding))
+        attention_mask = None
         stages = self.pooling.in_use()
         for index, layer in enumerate(self.layers):
             if index in stages:
-                streams, sizes = stages[index](streams, sizes, interpolate_pos_encoding)
-                attention_mask = proportional_attention_mask(self.config, streams[0], sizes)
-            streams = layer(*streams, attention_mask=attention_mask, **kwargs)
+                tokens = stages[index](tokens, interpolate_pos_encoding)
+                attention_mask = proportional_attention_mask(self.config, tokens)
+            tokens = tokens.with_streams(layer(*tokens.streams, attention_mask=attention_mask, **kwargs))
 
-        last_hidden_state = self.layernorm(streams[-1])
-        if self.num_streams == 2:
-            last_hidden_state = streams[0] + last_hidden_state
         if self.training:
-            last_hidden_state = self.pooling.touch_idle(last_hidden_state)
-        pooled = (
-            last_hidden_state[:, 0] if self.config.use_class_token else mean_over_patches(last_hidden_state, sizes)
-        )
-        return BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state, pooler_output=self.pooled_layernorm(pooled)
-        )
+            tokens = self.pooling.touch_idle(tokens)
+        if self.config.norm_after_pooling:
+            last_hidden_state = tokens.hidden_states
+            pooler_output = self.layernorm(self.readout(tokens))
+        else:
+            last_hidden_state = self.layer_class.finish(tokens, self.layernorm)
+            pooler_output = self.readout(tokens.with_streams((last_hidden_state,)))
+        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
 
 
 @auto_docstring(

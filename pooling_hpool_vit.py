@@ -1,8 +1,7 @@
 """The stages of HPool-ViT at which the token sequence gets shorter: pooling along it, or merging by similarity."""
 
-import itertools
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,9 +10,34 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_hpool_vit import HPoolViTConfig
 
 
-# The hidden states that flow through the blocks: one stream, or two for `ln_order="residual"`. Each has the shape
+# The hidden states that a block takes and returns: one stream, or two for `ln_order="residual"`. Each has the shape
 # (batch_size, num_tokens, hidden_size); attention reads the first.
 Streams = tuple[torch.Tensor, ...]
+
+
+class Tokens(NamedTuple):
+    """
+    The tokens on their way through the model. A class token stands first in the hidden states; what else is said of
+    the tokens concerns the patch tokens alone.
+
+    Attributes:
+        hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): what attention reads.
+        residual (`torch.Tensor` of the same shape, *optional*): the second stream of `ln_order="residual"`.
+        sizes (`torch.FloatTensor` of shape `(batch_size, num_patch_tokens)`, *optional*): the number of patches that
+            each token stands for; None as long as no tokens have merged.
+    """
+
+    hidden_states: torch.Tensor
+    residual: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+
+    @property
+    def streams(self) -> Streams:
+        return (self.hidden_states,) if self.residual is None else (self.hidden_states, self.residual)
+
+    def with_streams(self, streams: Streams) -> "Tokens":
+        """The same tokens with the hidden states that a block returns."""
+        return self._replace(hidden_states=streams[0], residual=streams[1] if len(streams) > 1 else None)
 
 
 def resize_positions(positions: torch.Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> torch.Tensor:
@@ -23,80 +47,126 @@ def resize_positions(positions: torch.Tensor, old: tuple[int, ...], new: tuple[i
     return grid.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
-class HPoolViTPooling(nn.Module):
+class HPoolViTStage(nn.Module):
     """
-    Max or average pooling along the token axis, then the stage's own position embeddings (paper Section 3.2).
+    What all stages have in common. A pooling mode is a subclass in [`POOLINGS`] and a row in
+    `configuration_hpool_vit.POOL_MODES`.
 
     Args:
         config (`HPoolViTConfig`): the configuration of the model.
-        stage (`int`): which entry of `config.hvt_pool` this is.
+        block (`int`): the block at whose input the stage stands.
+
+    Attributes:
+        fields (`tuple[str, ...]`): the fields of the configuration that only this mode reads.
     """
 
-    def __init__(self, config: HPoolViTConfig, stage: int):
+    fields: tuple[str, ...] = ()
+
+    def __init__(self, config: HPoolViTConfig, block: int):
         super().__init__()
-        self.kernel_size, self.stride = config.pool_kernel_size, config.pool_stride
-        reductions: dict[str, Callable[..., torch.Tensor]] = {"max": torch.amax, "avg": torch.mean}
-        self.reduce = reductions[config.pool_mode]
+        self.config, self.block = config, block
         self.num_prefix_tokens = int(config.use_class_token)
-        self.block = (config.hvt_pool or [])[stage]
-        num_tokens = config.tokens_per_stage()[stage + 1]
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
 
-    def forward(
-        self, streams: Streams, sizes: torch.Tensor | None, interpolate_pos_encoding: bool = False
-    ) -> tuple[Streams, torch.Tensor | None]:
-        return tuple(self.pool(stream, interpolate_pos_encoding) for stream in streams), sizes
+    def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
+        raise NotImplementedError
 
-    def pool(self, hidden_states: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
-        prefix, tokens = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
-        # Windows are a view with the token axis in place: no transposed copies around the pooling.
-        tokens = self.reduce(tokens.unfold(1, self.kernel_size, self.stride), dim=-1)
+    def on_patch_tokens(self, tokens: Tokens, function: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
+        """Applies `function` to the patch tokens of each stream; a class token stays in front of them."""
+        streams = []
+        for stream in tokens.streams:
+            prefix, patch_tokens = stream.tensor_split([self.num_prefix_tokens], dim=1)
+            patch_tokens = function(patch_tokens)
+            streams.append(torch.cat((prefix, patch_tokens), dim=1) if self.num_prefix_tokens else patch_tokens)
+        return tokens.with_streams(tuple(streams))
+
+
+class HPoolViTPooling(HPoolViTStage):
+    """Pools windows along the token axis, then adds the stage's own position embeddings (paper Section 3.2)."""
+
+    fields = ("pool_kernel_size", "pool_stride")
+
+    def __init__(self, config: HPoolViTConfig, block: int):
+        super().__init__(config, block)
+        self.kernel_size, self.stride = config.pool_kernel_size, config.pool_stride
+        self.position_embeddings = nn.Parameter(torch.zeros(1, config.stage_positions()[block], config.hidden_size))
+
+    def reduce(self, windows: torch.Tensor) -> torch.Tensor:
+        """From `(batch_size, num_windows, hidden_size, kernel_size)` to `(batch_size, num_windows, hidden_size)`."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
+        return self.on_patch_tokens(tokens, lambda patch_tokens: self.pool(patch_tokens, interpolate_pos_encoding))
+
+    def pool(self, patch_tokens: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+        # Windows are a view with the token axis in place, so nothing is transposed and copied.
+        patch_tokens = self.reduce(patch_tokens.unfold(1, self.kernel_size, self.stride))
         positions: torch.Tensor = self.position_embeddings
-        # As many as tokens under the first schedule that has this stage.
-        if interpolate_pos_encoding or positions.shape[1] != tokens.shape[1]:
-            positions = resize_positions(positions, (positions.shape[1],), (tokens.shape[1],))
-        tokens = tokens + positions
-        return torch.cat((prefix, tokens), dim=1) if self.num_prefix_tokens else tokens
+        if interpolate_pos_encoding or positions.shape[1] != patch_tokens.shape[1]:
+            positions = resize_positions(positions, (positions.shape[1],), (patch_tokens.shape[1],))
+        return patch_tokens + positions
 
 
-class HPoolViTMerging(nn.Module):
+class HPoolViTMaxPooling(HPoolViTPooling):
+    """The maximum of each channel in each window."""
+
+    def reduce(self, windows: torch.Tensor) -> torch.Tensor:
+        return windows.amax(-1)
+
+
+class HPoolViTAvgPooling(HPoolViTPooling):
+    """The mean of each window."""
+
+    def reduce(self, windows: torch.Tensor) -> torch.Tensor:
+        return windows.mean(-1)
+
+
+class HPoolViTMerging(HPoolViTStage):
     """
     Pooling by similarity (after ToMe, arXiv 2210.09461, Section 3): the tokens at odd positions that are nearest to a
-    token at an even position join it. ToMe merges in every block by the cosine of keys; for a few stages the distance
+    token at an even position join it. ToMe merges in every block by the cosine of keys. With few stages, the distance
     of hidden states, which is what a merge loses, keeps more of a trained model (docs/results/warm_start.md).
-
-    Args:
-        config (`HPoolViTConfig`): the configuration of the model.
-        stage (`int`): which entry of `config.hvt_pool` this is.
     """
 
-    def __init__(self, config: HPoolViTConfig, stage: int):
-        super().__init__()
-        self.config, self.stage = config, stage
-        self.num_prefix_tokens = int(config.use_class_token)
+    fields = ("merge_ratio", "proportional_attention")
 
-    def forward(
-        self, streams: Streams, sizes: torch.Tensor | None, interpolate_pos_encoding: bool = False
-    ) -> tuple[Streams, torch.Tensor | None]:
-        tokens = streams[0][:, self.num_prefix_tokens :]
-        num_merged = self.config.num_merged(tokens.shape[1], self.stage)
-        if num_merged == 0:
-            return streams, sizes
-        if sizes is None:
-            sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
-        # Under autocast the products below would round what they only pass on, and misjudge distances.
-        with maybe_autocast(tokens.device.type, enabled=False):
-            groups = find_groups(tokens, num_merged)
-            numbers = torch.arange(tokens.shape[1] - num_merged, device=groups.device)
+    def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
+        groups = self.groups(tokens)
+        if groups is None:
+            return tokens
+        sizes = torch.ones_like(groups, dtype=torch.float32) if tokens.sizes is None else tokens.sizes
+        numbers = torch.arange(groups.shape[1] - self.num_merged(groups.shape[1]), device=groups.device)
+        # Under autocast the products below would round what they only pass on.
+        with maybe_autocast(groups.device.type, enabled=False):
             # (batch_size, groups, tokens): a product with this is deterministic on every device, a scatter is not.
             weights = (groups.unsqueeze(1) == numbers.unsqueeze(1)) * sizes.unsqueeze(1)
             sizes = weights.sum(-1)
             weights = weights / sizes.unsqueeze(-1)
-            return tuple(self.merge(stream, weights) for stream in streams), sizes
+            merged = self.on_patch_tokens(tokens, lambda patch_tokens: weights.to(patch_tokens.dtype) @ patch_tokens)
+        return merged._replace(sizes=sizes)
 
-    def merge(self, hidden_states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        prefix, tokens = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
-        return torch.cat((prefix, weights.to(tokens.dtype) @ tokens), dim=1)
+    def groups(self, tokens: Tokens) -> torch.Tensor | None:
+        """
+        The number of the group that each patch token joins, of shape `(batch_size, num_patch_tokens)`, which is the
+        position of the merged token; None if there are too few tokens to merge any.
+        """
+        patch_tokens = tokens.hidden_states[:, self.num_prefix_tokens :]
+        num_merged = self.num_merged(patch_tokens.shape[1])
+        if num_merged == 0:
+            return None
+        # Autocast would misjudge the distances.
+        with maybe_autocast(patch_tokens.device.type, enabled=False):
+            return find_groups(patch_tokens, num_merged)
+
+    def num_merged(self, num_tokens: int) -> int:
+        """How many of `num_tokens` patch tokens join another here, by this block's place in `config.hvt_pool`."""
+        return self.config.num_merged(num_tokens, (self.config.hvt_pool or []).index(self.block))
+
+
+POOLINGS: dict[str, type[HPoolViTStage]] = {
+    "max": HPoolViTMaxPooling,
+    "avg": HPoolViTAvgPooling,
+    "merge": HPoolViTMerging,
+}
 
 
 @torch.no_grad()
@@ -131,23 +201,28 @@ def find_groups(tokens: torch.Tensor, num_merged: int) -> torch.Tensor:
     return groups
 
 
-def mean_over_patches(hidden_states: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
-    """The mean over the tokens, each weighted by the number of patches it stands for (None: each counts alike)."""
-    if sizes is None:
-        return hidden_states.mean(1)
-    weights = (sizes / sizes.sum(1, keepdim=True)).to(hidden_states.dtype)
-    return (weights.unsqueeze(-1) * hidden_states).sum(1)
+def class_token(tokens: Tokens) -> torch.Tensor:
+    """The class token: `(batch_size, hidden_size)`."""
+    return tokens.hidden_states[:, 0]
 
 
-def proportional_attention_mask(
-    config: HPoolViTConfig, hidden_states: torch.Tensor, sizes: torch.Tensor | None
-) -> torch.Tensor | None:
+def mean_over_patches(tokens: Tokens) -> torch.Tensor:
+    """The mean over the tokens, each weighted by its number of patches: `(batch_size, hidden_size)`."""
+    if tokens.sizes is None:
+        return tokens.hidden_states.mean(1)
+    weights = (tokens.sizes / tokens.sizes.sum(1, keepdim=True)).to(tokens.hidden_states.dtype)
+    return (weights.unsqueeze(-1) * tokens.hidden_states).sum(1)
+
+
+def proportional_attention_mask(config: HPoolViTConfig, tokens: Tokens) -> torch.Tensor | None:
     """
-    log(size) of each key, added to its attention scores: a token weighs as much as its patches (ToMe, Equation 1).
+    log(size) of each key, which is added to its attention scores, so that a token weighs as much as its patches (ToMe,
+    Equation 1): `(batch_size, 1, num_tokens, num_tokens)`, or None if attention treats all tokens alike.
 
     Raises:
         ValueError: for an attention implementation that cannot add it.
     """
+    hidden_states, sizes = tokens.hidden_states, tokens.sizes
     if sizes is None or not config.proportional_attention:
         return None
     attention = config._attn_implementation
@@ -164,8 +239,8 @@ def proportional_attention_mask(
 
 class HPoolViTStages(nn.ModuleDict):
     """
-    The stages of every schedule in `config.schedules`, keyed by the block at whose input they stand: a stage keeps its
-    weights while the schedule changes around it, and while it is idle.
+    The stages of a model, keyed by the block at whose input they stand: those that the configuration says have
+    weights, and those of the schedule in use. A stage keeps its weights while the schedule changes around it.
     """
 
     def __init__(self, config: HPoolViTConfig):
@@ -174,21 +249,11 @@ class HPoolViTStages(nn.ModuleDict):
         self.add_missing()
 
     def add_missing(self) -> list[nn.Module]:
-        """Makes those stages of the configuration that are not there yet, and returns the ones with weights."""
-        added: list[nn.Module] = []
-        if self.config.pool_mode == "merge":
-            for stage, block in enumerate(self.config.hvt_pool or []):
-                if str(block) not in self:
-                    self[str(block)] = HPoolViTMerging(self.config, stage)
-                cast(HPoolViTMerging, self[str(block)]).stage = stage  # it decides which entry of `merge_ratio` counts
-            return added
-        for schedule in self.config.schedules:
-            config = self.config.with_schedule(schedule)
-            for stage, block in enumerate(schedule):
-                if str(block) not in self:
-                    self[str(block)] = HPoolViTPooling(config, stage)
-                    added.append(self[str(block)])
-        return added
+        """Builds the stages of the configuration that are not there yet, and returns them."""
+        blocks = self.config.stage_positions().keys() | set(self.config.hvt_pool or [])
+        missing = [block for block in sorted(blocks) if str(block) not in self]
+        self.update({str(block): POOLINGS[self.config.pool_mode](self.config, block) for block in missing})
+        return [self[str(block)] for block in missing]
 
     def in_use(self) -> dict[int, nn.Module]:
         """The stages of the schedule `config.hvt_pool`, by block."""
@@ -198,31 +263,24 @@ class HPoolViTStages(nn.ModuleDict):
                 raise ValueError(f"The model has no stage for `hvt_pool={blocks}`: call `set_hvt_pool({blocks})`.")
         return {block: self[str(block)] for block in blocks}
 
-    def touch_idle(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def touch_idle(self, tokens: Tokens) -> Tokens:
         """
-        `hidden_states` unchanged, but with a gradient of 0 for the stages not in use: DistributedDataParallel wants a
-        gradient of every parameter in every step.
+        The same tokens, but with a gradient of 0 for the stages not in use: DistributedDataParallel wants a gradient
+        of every parameter in every step.
         """
-        for block, stage in self.items():
-            if int(block) not in (self.config.hvt_pool or []):
-                for parameter in stage.parameters():
-                    hidden_states = hidden_states + 0 * parameter.sum()
-        return hidden_states
+        idle = [stage for block, stage in self.items() if int(block) not in (self.config.hvt_pool or [])]
+        # Sums over nothing, so that not even an infinite weight reaches the result.
+        zeros = [parameter.flatten()[:0].sum() for stage in idle for parameter in stage.parameters()]
+        return tokens._replace(hidden_states=tokens.hidden_states + sum(zeros)) if zeros else tokens
 
-    def later_blocks(self) -> list[int]:
-        """The blocks of the stages that the first schedule does not have."""
-        return [int(block) for block in self if int(block) not in self.config.schedules[0]]
-
-    def positions_for(self, block: int) -> torch.Tensor:
+    def initial_positions(self, block: int) -> torch.Tensor:
         """
-        What the position embeddings of one of the `later_blocks` start from: those of the nearest stage of the
-        schedules before, which may be trained, resized; or 0.
+        What the position embeddings of a new stage start from: those of the nearest recorded stage, which may be
+        trained, resized to the new stage's number; 0 if there is none.
         """
         positions = self.get_parameter(f"{block}.position_embeddings")
-        before = itertools.takewhile(lambda schedule: block not in schedule, self.config.schedules)
-        blocks = sorted(set(itertools.chain.from_iterable(before)))
-        if not blocks:
+        recorded = sorted(self.config.stages or {})
+        if not recorded:
             return torch.zeros_like(positions)
-        block = min(blocks, key=lambda other: abs(other - block))
-        nearest = self.get_parameter(f"{block}.position_embeddings")
+        nearest = self.get_parameter(f"{min(recorded, key=lambda other: abs(other - block))}.position_embeddings")
         return resize_positions(nearest, (nearest.shape[1],), (positions.shape[1],))

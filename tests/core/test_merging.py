@@ -8,7 +8,13 @@ from helpers import tiny_config, tiny_model
 
 from hpool_vit.configuration_hpool_vit import LN_ORDERS
 from hpool_vit.modeling_hpool_vit import HPoolViTAttention, HPoolViTModel
-from hpool_vit.pooling_hpool_vit import HPoolViTMerging, HPoolViTPooling, find_groups, proportional_attention_mask
+from hpool_vit.pooling_hpool_vit import (
+    HPoolViTMaxPooling,
+    HPoolViTMerging,
+    Tokens,
+    find_groups,
+    proportional_attention_mask,
+)
 
 
 def column(*values: float) -> torch.Tensor:
@@ -18,7 +24,7 @@ def column(*values: float) -> torch.Tensor:
 
 def merging(num_stages: int = 1, **overrides) -> HPoolViTMerging:
     """The first stage of a model that merges; how many tokens join follows from `merge_ratio`."""
-    return HPoolViTMerging(tiny_config(pool_mode="merge", hvt_pool=list(range(num_stages)), **overrides), stage=0)
+    return HPoolViTMerging(tiny_config(pool_mode="merge", hvt_pool=list(range(num_stages)), **overrides), block=0)
 
 
 class TestGroups:
@@ -73,54 +79,54 @@ class TestGroups:
 
     def test_large_values_do_not_overflow_in_half_precision(self):
         tokens = (1000 * torch.randn(2, 16, 64)).half()
-        (merged,), sizes = merging(merge_ratio=0.5)((tokens,), None)
-        assert merged.dtype == torch.float16 and merged.isfinite().all()
-        assert sizes.dtype == torch.float32 and (sizes.sum(1) == 16).all()
+        merged = merging(merge_ratio=0.5)(Tokens(tokens))
+        assert merged.hidden_states.dtype == torch.float16 and merged.hidden_states.isfinite().all()
+        assert merged.sizes.dtype == torch.float32 and (merged.sizes.sum(1) == 16).all()
 
 
 class TestMerging:
     def test_a_token_becomes_the_mean_of_its_group(self):
-        (tokens,), sizes = merging(merge_ratio=0.5)((column(0.0, 19.0, 10.0, 1.0, 20.0, 12.0),), None)
-        torch.testing.assert_close(tokens, column(0.5, 11.0, 19.5))
-        assert sizes.tolist() == [[2, 2, 2]]
+        merged = merging(merge_ratio=0.5)(Tokens(column(0.0, 19.0, 10.0, 1.0, 20.0, 12.0)))
+        torch.testing.assert_close(merged.hidden_states, column(0.5, 11.0, 19.5))
+        assert merged.sizes.tolist() == [[2, 2, 2]]
 
     def test_tokens_that_stay_keep_their_value_and_their_place(self):
-        (tokens,), sizes = merging(merge_ratio=1 / 6)((column(0.0, 4.0, 10.0, 11.0, 20.0, 23.0),), None)
-        assert tokens.flatten().tolist() == [0.0, 4.0, 10.5, 20.0, 23.0]
-        assert sizes.tolist() == [[1, 1, 2, 1, 1]]
+        merged = merging(merge_ratio=1 / 6)(Tokens(column(0.0, 4.0, 10.0, 11.0, 20.0, 23.0)))
+        assert merged.hidden_states.flatten().tolist() == [0.0, 4.0, 10.5, 20.0, 23.0]
+        assert merged.sizes.tolist() == [[1, 1, 2, 1, 1]]
 
     def test_a_second_merge_weighs_tokens_by_their_patches(self):
         stage = merging(merge_ratio=0.5)
-        streams, sizes = stage((column(0.0, 1.0, 30.0, 2.0, 33.0, 36.0, 40.0),), None)
-        torch.testing.assert_close(streams[0], column(1.0, 30.0, 34.5, 40.0))
-        assert sizes.tolist() == [[3, 1, 2, 1]]
-        (tokens,), sizes = stage(streams, sizes)
+        once = stage(Tokens(column(0.0, 1.0, 30.0, 2.0, 33.0, 36.0, 40.0)))
+        torch.testing.assert_close(once.hidden_states, column(1.0, 30.0, 34.5, 40.0))
+        assert once.sizes.tolist() == [[3, 1, 2, 1]]
+        merged = stage(once)
         # 30 joins 34.5, which stands for two patches, and 40 joins it too: (30 + 2 * 34.5 + 40) / 4.
-        torch.testing.assert_close(tokens, column(1.0, 34.75))
-        assert sizes.tolist() == [[3, 4]]
+        torch.testing.assert_close(merged.hidden_states, column(1.0, 34.75))
+        assert merged.sizes.tolist() == [[3, 4]]
 
     def test_the_sizes_always_sum_to_the_patches_and_the_weighted_mean_stays(self):
         stage = merging(merge_ratio=0.3)
-        streams, sizes = (torch.randn(4, 23, 8),), None
-        expected = streams[0].mean(1)
+        tokens = Tokens(torch.randn(4, 23, 8))
+        expected = tokens.hidden_states.mean(1)
         for _ in range(4):
-            streams, sizes = stage(streams, sizes)
-            assert (sizes.sum(1) == 23).all()
-            torch.testing.assert_close((sizes.unsqueeze(-1) * streams[0]).sum(1) / 23, expected)
+            tokens = stage(tokens)
+            assert (tokens.sizes.sum(1) == 23).all()
+            torch.testing.assert_close((tokens.sizes.unsqueeze(-1) * tokens.hidden_states).sum(1) / 23, expected)
 
     def test_the_class_token_never_merges(self):
         stage = merging(merge_ratio=0.5, use_class_token=True)
         # The class token equals the second patch, and counts neither as odd nor as even.
-        (tokens,), sizes = stage((column(1.0, 0.0, 1.0, 10.0, 12.0),), None)
-        torch.testing.assert_close(tokens, column(1.0, 0.5, 11.0))
-        assert sizes.tolist() == [[2, 2]]
+        merged = stage(Tokens(column(1.0, 0.0, 1.0, 10.0, 12.0)))
+        torch.testing.assert_close(merged.hidden_states, column(1.0, 0.5, 11.0))
+        assert merged.sizes.tolist() == [[2, 2]]
 
     def test_both_streams_merge_by_the_groups_of_the_first(self):
         first, second = column(0.0, 19.0, 10.0, 1.0, 20.0), column(1.0, 2.0, 3.0, 4.0, 5.0)
-        (merged, residual), sizes = merging(merge_ratio=0.4, ln_order="residual")((first, second), None)
-        torch.testing.assert_close(merged, column(0.5, 10.0, 19.5))
-        torch.testing.assert_close(residual, column(2.5, 3.0, 3.5))
-        assert sizes.tolist() == [[2, 1, 2]]
+        merged = merging(merge_ratio=0.4, ln_order="residual")(Tokens(first, second))
+        torch.testing.assert_close(merged.hidden_states, column(0.5, 10.0, 19.5))
+        torch.testing.assert_close(merged.residual, column(2.5, 3.0, 3.5))
+        assert merged.sizes.tolist() == [[2, 1, 2]]
 
     @pytest.mark.parametrize("merge_ratio", [0.2, 0.5])
     def test_images_of_a_batch_do_not_influence_each_other(self, merge_ratio, pixel_values):
@@ -135,7 +141,7 @@ class TestMerging:
 
     def test_the_gradient_reaches_every_token_by_its_share(self):
         tokens = column(0.0, 1.0, 30.0, 2.0, 33.0).requires_grad_()
-        (merged,), _ = merging(merge_ratio=0.4)((tokens,), None)
+        merged = merging(merge_ratio=0.4)(Tokens(tokens)).hidden_states
         (merged * torch.tensor([1.0, 10.0, 100.0])[:, None]).sum().backward()
         torch.testing.assert_close(tokens.grad, column(1 / 3, 1 / 3, 10.0, 1 / 3, 100.0))
 
@@ -161,7 +167,7 @@ class TestModel:
         model = tiny_model(pool_mode="merge", merge_ratio=0.3, ln_order=ln_order).hpool_vit
         sizes = []
         for stage in model.pooling.values():
-            stage.register_forward_hook(lambda module, args, output: sizes.append(output[1]))
+            stage.register_forward_hook(lambda module, args, output: sizes.append(output.sizes))
         outputs = model(pixel_values)
         assert [size.shape[1] for size in sizes] == model.config.tokens_per_stage()[1:] == [45, 32]
         assert (sizes[-1].sum(1) == 64).all() and (sizes[-1] > 1).any()
@@ -191,7 +197,7 @@ class TestProportionalAttention:
         assert isinstance(attention, HPoolViTAttention)
         sizes = torch.tensor([[2.0, 1.0, 3.0], [1.0, 4.0, 1.0]])
         hidden_states = torch.randn(2, 3 + use_class_token, 32)
-        mask = proportional_attention_mask(model.config, hidden_states, sizes)
+        mask = proportional_attention_mask(model.config, Tokens(hidden_states, sizes=sizes))
         weighted = attention(hidden_states, attention_mask=mask)[0]
         for tokens, size, result in zip(hidden_states, sizes.int(), weighted, strict=True):
             repeats = torch.cat((torch.ones(int(use_class_token), dtype=torch.int), size))
@@ -229,5 +235,5 @@ class TestProportionalAttention:
 
 def test_merging_has_no_parameters_and_the_other_poolings_keep_the_sizes_they_are_given():
     assert list(merging().parameters()) == []
-    sizes = torch.ones(1, 7)
-    assert HPoolViTPooling(tiny_config(), stage=0)((torch.randn(1, 64, 32),), sizes)[0][0].shape == (1, 31, 32)
+    tokens = HPoolViTMaxPooling(tiny_config(), block=1)(Tokens(torch.randn(1, 64, 32), sizes=torch.ones(1, 7)))
+    assert tokens.hidden_states.shape == (1, 31, 32) and torch.equal(tokens.sizes, torch.ones(1, 7))

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTModel
-from hpool_vit.pooling_hpool_vit import HPoolViTMerging
+from hpool_vit.configuration_hpool_vit import LN_ORDERS
+from hpool_vit.pooling_hpool_vit import HPoolViTMerging, Tokens
 
 
-LN_ORDERS = ("pre", "post", "residual")
 MERGE = {"pool_mode": "merge", "merge_ratio": 0.3}
 PROPORTIONAL = {"proportional_attention": True}
 
@@ -243,7 +243,7 @@ def test_interpolation_resizes_the_grid_in_two_dimensions_and_later_stages_along
     rows = model.embeddings(torch.zeros(1, 3, 64, 64), interpolate_pos_encoding=True)[0, :, 0].reshape(16, 16)
     torch.testing.assert_close(rows, rows[:, :1].expand(-1, 16))
     assert (rows[:, 0].diff()[2:-2] > 0).all()
-    (pooled,), _ = model.pooling["1"]((torch.zeros(1, 127, 32),), None, True)
+    pooled = model.pooling["1"](Tokens(torch.zeros(1, 127, 32)), interpolate_pos_encoding=True).hidden_states
     assert pooled.shape == (1, 63, 32) and (pooled[0, :, 0].diff()[1:-1] > 0).all()
 
 
@@ -300,14 +300,15 @@ def test_an_attention_mask_is_refused_in_one_sentence(pixel_values):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_merges_the_same_tokens_without_rounding_them(dtype):
-    merging = HPoolViTMerging(tiny_config(pool_mode="merge", merge_ratio=0.3), stage=0)
+    merging = HPoolViTMerging(tiny_config(pool_mode="merge", merge_ratio=0.3), block=1)
     # Large common offsets and norms are what trained residual streams have.
     tokens = torch.randn(4, 64, 32) * 3 + 40 * torch.eye(32)[0]
-    (expected,), expected_sizes = merging((tokens,), None)
+    expected = merging(Tokens(tokens))
     with torch.autocast("cpu", dtype=dtype):
-        (merged,), sizes = merging((tokens,), None)
-    assert merged.dtype == torch.float32
-    assert torch.equal(sizes, expected_sizes) and torch.equal(merged, expected)
+        merged = merging(Tokens(tokens))
+    assert merged.hidden_states.dtype == torch.float32
+    assert torch.equal(merged.sizes, expected.sizes)
+    assert torch.equal(merged.hidden_states, expected.hidden_states)
 
 
 def test_a_tuple_is_returned_on_request_with_the_same_content(pixel_values):

@@ -1,6 +1,7 @@
 """One model, many schedules: changing where a trained model pools, with every weight kept."""
 
 import copy
+import itertools
 import json
 import os
 
@@ -177,6 +178,28 @@ class TestLoadingWithASchedule:
         _, report = HPoolViTForImageClassification.from_pretrained(tmp_path, hvt_pool=[2], output_loading_info=True)
         assert report["missing_keys"] == {name}
 
+    @pytest.mark.parametrize("missing", [1, 2, 3])
+    @pytest.mark.parametrize("hvt_pool", [[2], [1, 3], [3]])
+    def test_a_missing_weight_is_reported_whatever_the_order_of_the_choices(self, missing, hvt_pool, tmp_path):
+        name = f"hpool_vit.pooling.{missing}.position_embeddings"
+        for choices in ([[1, 3], [2]], [[2], [1, 3]]):
+            model = tiny_model(hvt_pool=hvt_pool, hvt_pool_choices=choices)
+            state_dict = weights(model)
+            del state_dict[name]
+            model.save_pretrained(tmp_path, state_dict=state_dict)
+            for overrides in ({}, {"hvt_pool": [2]}, {"hvt_pool": [0, 3]}):
+                _, report = HPoolViTForImageClassification.from_pretrained(
+                    tmp_path, output_loading_info=True, **overrides
+                )
+                assert report["missing_keys"] == {name}
+
+    def test_a_stage_that_merging_did_not_have_is_reported(self, tmp_path):
+        tiny_model(pool_mode="merge").save_pretrained(tmp_path)
+        _, report = HPoolViTForImageClassification.from_pretrained(
+            tmp_path, pool_mode="avg", hvt_pool=[2], output_loading_info=True
+        )
+        assert report["missing_keys"] == {"hpool_vit.pooling.2.position_embeddings"}
+
     def test_it_works_in_a_process_without_the_package(self, tmp_path):
         folder = tmp_path / "model"
         tiny_model().save_pretrained(folder)
@@ -222,6 +245,21 @@ class TestLoadingWithASchedule:
 
 
 class TestSavingAgain:
+    def test_the_folder_records_which_stages_it_has(self, tmp_path):
+        def recorded(model):
+            model.save_pretrained(tmp_path / "more")
+            return json.loads((tmp_path / "more" / "config.json").read_text())["stages"]
+
+        model = tiny_model()
+        assert recorded(model) == {"1": 31, "3": 15} and recorded(tiny_model(hvt_pool=None)) == {}
+        model.set_hvt_pool([2])
+        assert recorded(model) == {"1": 31, "2": 31, "3": 15}
+        loaded = HPoolViTForImageClassification.from_pretrained(tmp_path / "more")
+        assert loaded.config.stages == {1: 31, 2: 31, 3: 15} and loaded.config.new_stages() == []
+        merging = tiny_model(pool_mode="merge")
+        merging.set_hvt_pool([2])
+        assert recorded(merging) is None
+
     def test_every_schedule_of_the_model_comes_back(self, folder, tmp_path, pixel_values):
         model = HPoolViTForImageClassification.from_pretrained(folder)
         expected = {}
@@ -309,7 +347,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("message", "fields"),
         [
-            (r"`hvt_pool=\[1, 3\]` is none of `hvt_pool_choices=\[\[2\]\]`", {"hvt_pool_choices": [[2]]}),
             (r"`hvt_pool_choices=\[\[1, 3\], \[9\]\]`.*names block 9", {"hvt_pool_choices": [[1, 3], [9]]}),
             ("'hvt_pool_choices'", {"hvt_pool_choices": [3]}),
             ("'hvt_pool_choices'", {"hvt_pool_choices": "none;3"}),
@@ -317,9 +354,13 @@ class TestRefusals:
                 r"`hvt_pool_choices=.*2 entries for the 1 blocks",
                 {"pool_mode": "merge", "merge_ratio": [0.2, 0.3], "hvt_pool_choices": [[1, 3], [1]]},
             ),
+            (r"`stages=\{4: 31\}` must map blocks from 0 to 3 .* 4: 31 does not fit", {"stages": {4: 31}}),
+            (r"`stages=\{1: 0\}` .* 1: 0 does not fit", {"stages": {1: 0}}),
+            (r"`stages=\{'first': 31\}` .* first: 31 does not fit", {"stages": {"first": 31}}),
+            ("'stages'", {"stages": [1, 3]}),
         ],
     )
-    def test_choices_that_no_model_can_serve_are_refused(self, message, fields):
+    def test_choices_and_stages_that_no_model_can_have_are_refused(self, message, fields):
         with pytest.raises(ValueError, match=message):
             tiny_config(**fields)
 
@@ -335,7 +376,9 @@ class TestTrainingSeveralSchedules:
         config.save_pretrained(tmp_path)
         assert HPoolViTConfig.from_pretrained(tmp_path).hvt_pool_choices == config.hvt_pool_choices
         more = HPoolViTConfig.from_pretrained(tmp_path, hvt_pool_choices=[[2], [0]])
-        assert more.hvt_pool == [1, 3] and more.hvt_pool_choices == [[1, 3], None, [2], [0]]
+        assert more.hvt_pool == [1, 3] and more.hvt_pool_choices == [[2], [0]]
+        assert more.schedules == [[2], [0], [1, 3]]
+        assert more.stages == {1: 31, 2: 31, 3: 15} and more.new_stages() == [0]
 
     @pytest.mark.parametrize(
         ("wanted", "stages"),
@@ -343,8 +386,8 @@ class TestTrainingSeveralSchedules:
             ({"hvt_pool": [2], "hvt_pool_choices": None}, ["2"]),
             ({"hvt_pool": [2], "hvt_pool_choices": [[2], []]}, ["2"]),
             ({"hvt_pool": [], "hvt_pool_choices": None}, []),
-            # The stage at block 3 was made for the tokens that it gets behind block 1.
-            ({"hvt_pool": [3], "hvt_pool_choices": None}, ["1", "3"]),
+            # The stage at block 3 keeps the 15 position embeddings for the tokens that it gets after block 1.
+            ({"hvt_pool": [3], "hvt_pool_choices": None}, ["3"]),
             # A new stage starts from the nearest trained one.
             ({"hvt_pool": [0], "hvt_pool_choices": [[0], [2]]}, ["0", "1", "2", "3"]),
         ],
@@ -363,13 +406,15 @@ class TestTrainingSeveralSchedules:
         assert sorted(again.hpool_vit.pooling) == stages and again.config.schedules == loaded.config.schedules
         assert torch.equal(logits(again, pixel_values), logits(loaded, pixel_values))
 
-    def test_a_stage_has_as_many_positions_as_under_the_first_schedule_that_names_it(self):
-        def positions(*choices):
-            stages = tiny_model(hvt_pool_choices=choices).hpool_vit.pooling
+    @pytest.mark.parametrize("order", list(itertools.permutations([[1, 3], [3], [2, 3], None])), ids=str)
+    def test_the_order_of_the_choices_decides_nothing(self, order):
+        def positions(**overrides):
+            stages = tiny_model(hvt_pool_choices=order, **overrides).hpool_vit.pooling
             return {block: stage.position_embeddings.shape[1] for block, stage in stages.items()}
 
-        assert positions([1, 3], [3]) == {"1": 31, "3": 15}
-        assert positions([3], [1, 3]) == {"3": 31, "1": 31}
+        # One for each token under the schedule in use, or else under the choice that leaves the most.
+        assert positions(hvt_pool=[1, 3]) == {"1": 31, "2": 31, "3": 15}
+        assert positions(hvt_pool=[3]) == positions(hvt_pool=None) == {"1": 31, "2": 31, "3": 31}
 
     @pytest.mark.parametrize("ln_order", LN_ORDERS)
     @pytest.mark.parametrize("pool_mode", POOL_MODES)
@@ -388,6 +433,18 @@ class TestTrainingSeveralSchedules:
             f"hpool_vit.pooling.{block}.position_embeddings" for block in (1, 2, 3) if block not in (schedule or [])
         }
         assert without == (set() if pool_mode == "merge" else names)
+
+    @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+    def test_a_weight_of_an_idle_stage_that_is_not_finite_does_no_harm(self, value, pixel_values):
+        model = tiny_model(**ELASTIC)
+        expected = logits(model, pixel_values)
+        idle = model.hpool_vit.pooling["2"].position_embeddings
+        with torch.no_grad():
+            idle.fill_(value)
+        output = model.train()(pixel_values, labels=torch.tensor([0, 2]))
+        assert torch.equal(output.logits, expected)
+        output.loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters()) and (idle.grad == 0).all()
 
     def test_training_each_schedule_in_turn_trains_every_stage(self, tmp_path, pixel_values):
         model = tiny_model(**ELASTIC)
