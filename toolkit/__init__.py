@@ -1,0 +1,45 @@
+"""
+What people do with an HPool-ViT: convert, train, predict, visualize, export, publish and show it, as functions and as
+the command `hpool-vit`.
+"""
+
+import importlib
+from typing import Any
+
+
+# Each public name, and the module that is imported when you first use it.
+_MODULES = {
+    "ConversionError": "conversion.checkpoint",
+    "ConversionReport": "conversion.building",
+    "PoolingTrace": "inspection.trace",
+    "SavedModelError": "shared.saved_model",
+    "StageTrace": "inspection.trace",
+    "block_macs": "inspection.trace",
+    "convert": "conversion.convert",
+    "convert_hvt": "conversion.hvt",
+    "convert_vit": "conversion.vit",
+    "export_model": "export.export",
+    "load_saved_classifier": "shared.saved_model",
+    "load_saved_model": "shared.saved_model",
+    "make_space": "demo.space",
+    "model_stats": "inspection.stats",
+    "predict": "inference.predict",
+    "prepare_repository": "hub.repository",
+    "serve": "demo.app",
+    "trace_images": "inspection.visualize",
+    "trace_pooling": "inspection.trace",
+    "upload_repository": "hub.push",
+    "write_model_card": "hub.card",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
