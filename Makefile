@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of the checkout, which any target makes when it is missing.
+# Everything runs in a virtual environment inside the checkout, which each target creates if it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,20 +7,21 @@ BIN := $(VENV)/bin
 	format clean
 
 help:
-	@echo "make quickstart        train on handwritten digits, save, load again, classify (about two minutes)"
-	@echo "make demo              a page in the browser with the models in outputs/ (after make quickstart)"
-	@echo "make test              the test suite"
-	@echo "make test-slow         the tests that take minutes"
-	@echo "make test-demo         the demo page in a real browser, which is installed when it is missing"
-	@echo "make test-conformance  the suites that Transformers runs on its own models"
-	@echo "make test-oldest       the test suite with the oldest supported versions"
-	@echo "make benchmark         speed beside Transformers' ViT, on this machine (about two minutes)"
-	@echo "make docs              the documentation as a site, in outputs/site"
-	@echo "make lint, make format ruff"
-	@echo "make types             mypy on the modules of the package"
+	@echo "make quickstart         train on handwritten digits, save, load and classify (a few minutes)"
+	@echo "make demo               try the models in outputs/ in your browser (run make quickstart first)"
+	@echo "make benchmark          compare the speed of models with Transformers' ViT (about two minutes)"
+	@echo "make docs               build the documentation into outputs/site"
+	@echo "make test               run the test suite"
+	@echo "make test-slow          run the tests that take minutes"
+	@echo "make test-demo          test the demo page in a real browser, and install one if needed"
+	@echo "make test-conformance   run the suites that Transformers runs on its own models"
+	@echo "make test-oldest        run the test suite with the oldest supported versions"
+	@echo "make lint, make format  check or format the code with ruff"
+	@echo "make types              check the types of the core with mypy"
+	@echo "make clean              remove the environments, caches and builds"
 
 $(VENV)/.installed: setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s: make PYTHON=python3.12 …" % sys.version)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and this is %s. Try make PYTHON=python3.12 …" % sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
@@ -32,7 +33,7 @@ quickstart: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/hpool-vit demo
 
-# Two processes of one thread each: the models of the tests are too small to gain from more.
+# Two processes with one thread each: the models in the tests are too small to gain from more.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -50,7 +51,7 @@ test-conformance: $(VENV)/.installed
 benchmark: $(VENV)/.installed
 	$(BIN)/python examples/benchmark/benchmark.py --short --overwrite --output outputs/benchmark
 
-# An environment of its own beside the other one.
+# A second environment beside the first.
 .venv-oldest/.installed: setup.py constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
@@ -64,7 +65,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The root is the package, whatever the folder of the checkout is called.
+# The root is the package, whatever the checkout's folder is called.
 types: $(VENV)/.installed
 	mkdir -p .cache/types
 	ln -sfn ../.. .cache/types/hpool_vit

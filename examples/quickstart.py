@@ -44,14 +44,14 @@ def compute_metrics(prediction) -> dict[str, float]:
 
 
 def train(output_dir: Path, num_train_epochs: float, seed: int) -> dict:
-    """Trains on the training digits, saves the model and image processor, and returns the results on the test digits."""
+    """Trains on the training digits, saves model and image processor, and returns the results on the test digits."""
     import torch
     from torchvision.transforms import v2
     from transformers import DefaultDataCollator, Trainer, TrainingArguments, set_seed
 
     from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
 
-    # At every small product, each thread waits for the others: with more than one, training takes a little less time on
+    # At every small product each thread waits for the others: with more than one, training takes a little less time on
     # an idle machine, and several times as long while another process computes.
     torch.set_num_threads(1)
     set_seed(seed)

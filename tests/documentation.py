@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^(?P<fence>`{3,})(?P<language>[^\n`]*)\n(?P<text>.*?)^(?P=fence)$", re.MULTILINE | re.DOTALL)
 
 # Programs of the shell blocks. Each is replaced by a function that only records how it is called.
-RECORDED = ("accelerate", "find", "hf", "make", "pip", "python", "sbatch", "torchrun")
+RECORDED = ("accelerate", "find", "hf", "hpool-vit", "make", "pip", "python", "sbatch", "torchrun")
 RECORDER = """
 set -eu
 PATH=
@@ -62,7 +62,7 @@ def record_commands(blocks: list[Block], folder: Path) -> list[Command]:
     """
     script = [RECORDER, *(f'{name}() {{ record {name} "$@"; }}' for name in RECORDED)]
     # What reads a pipe comes after what writes into it.
-    script.append('python() { case " $* " in *" - "*) drain ;; esac; record python "$@"; }')
+    script.append('hpool-vit() { case " $* " in *" - "*) drain ;; esac; record hpool-vit "$@"; }')
     for number, block in enumerate(blocks):
         if block.language == "bash":
             script += [f"block={number}", 'cd "$start"', block.text]

@@ -1,12 +1,13 @@
 """Every code block of the README and of `docs/` runs; of what takes long, or needs GPUs, the arguments are checked."""
 
 import argparse
-import importlib
+import functools
 import io
 import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +27,24 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import DeiTImageProcessor, ViTConfig, ViTForImageClassification
 
+from hpool_vit.toolkit import command
+from hpool_vit.toolkit.command import UsageError
+from hpool_vit.toolkit.shared.console import NotStartedError
 from hpool_vit.toolkit.training.arguments import parse_arguments
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-# Programs that end within seconds on tiny models; the arguments of all others are parsed.
-QUICK = {"convert_hvt_checkpoint", "convert_vit_checkpoint", "model_stats", "visualize_pooling"}
-QUICK |= {"predict", "predict_onnx", "push_to_hub", "make_space"}
-# Programs that take longer run on one page only.
+# Sub-commands that end within seconds on tiny models; of all others only the arguments are parsed.
+QUICK = {"convert", "predict", "push", "stats", "visualize"}
+# Sub-commands that take longer run on one page only.
 ON_ONE_PAGE = {"export": "deploy.md"}
-TRAINING = {"run_image_classification", "run_image_classification_no_trainer"}
+COMMAND_MODULE = "hpool_vit.toolkit.command"
 LABELS = ("ant", "bee", "cat")
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, saved_folder) -> Path:
-    """A folder with all that the pages take for granted: the programs, models, checkpoints and images."""
+    """A folder with all that the pages take for granted: the examples, models, checkpoints and images."""
     desk = tmp_path_factory.mktemp("desk")
     (desk / "examples").symlink_to(EXAMPLES)
     for name in ("outputs/quickstart", "my-hpool-vit"):
@@ -108,19 +111,19 @@ class Reader:
             exec(compile(block.text, f"line {block.line}", "exec"), self.names)
         elif block.language == "bash":
             assert commands, "the block has no command"
-            for command in commands:
-                self.follow(command)
+            for own in commands:
+                self.follow(own)
         elif block.language == "text":
             self.compare(block.text)
         else:
             pytest.fail(f"No rule says how to check a block in {block.language!r}: add one.")
 
-    def follow(self, command: Command):
+    def follow(self, given: Command):
         """Runs or checks a command by the rule for its program."""
         self.capsys.readouterr()
-        self.patch.chdir(command.folder)
-        program, *args = command.words
-        getattr(self, program)(args)
+        self.patch.chdir(given.folder)
+        program, *args = given.words
+        getattr(self, program.replace("-", "_"))(args)
         self.printed = self.capsys.readouterr().out
         self.patch.chdir(self.folder)
 
@@ -132,29 +135,60 @@ class Reader:
         for name in (line.strip("│├└─ ") for line in text.splitlines()):
             assert name == "…" or list(self.folder.rglob(name)), name
 
-    def python(self, args: list[str], alone: bool = True):
-        script, *args = args
-        assert Path(script).is_file(), f"there is no {script}"
-        name = Path(script).stem
-        if name in TRAINING:
-            self.train(name, args)
-        elif alone and (name in QUICK or ON_ONE_PAGE.get(name) == self.page):
-            self.run(name, args)
+    def hpool_vit(self, args: list[str], alone: bool = True):
+        """Follows `hpool-vit ARGS`; not `alone`, it would run in several processes."""
+        name, *rest = args
+        if name == "train":
+            self.train(rest, alone)
+        elif alone and self.is_quick(name, rest):
+            self.run(command.main, args)
         else:
-            self.parse(name, args)
+            subcommand = command.load_command(name)
+            subcommand.make_context(name, rest)
 
-    def run(self, name: str, args: list[str]):
+    def is_quick(self, name: str, args: list[str]) -> bool:
+        # `demo` serves a page until it is stopped, or writes it into a folder.
+        return name in QUICK or ON_ONE_PAGE.get(name) == self.page or (name == "demo" and "--output_dir" in args)
+
+    def run(self, main: Callable[[list[str]], None], args: list[str]):
         output_dir = self.folder / args[args.index("--output_dir") + 1] if "--output_dir" in args else None
         if output_dir in self.stand_ins:
             shutil.rmtree(output_dir)
             self.stand_ins.remove(output_dir)
-        module = importlib.import_module(name)
         with self.patch.context() as patch:
-            patch.setattr(sys, "argv", [f"{name}.py", *args])
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(self.piped.encode())))
-            assert not module.main()
+            assert not main(args)
 
-    def parse(self, name: str, args: list[str]):
+    def train(self, args: list[str], alone: bool):
+        """Photos are trained on for one step; of longer runs the tiny model takes the place of the result."""
+        if not args:  # `train …`
+            return
+        parsed = parse_arguments([*args, "--use_cpu"])
+        output_dir = Path(parsed.training.output_dir)
+        if parsed.data.train_dir and alone:
+            one_step = "--max_steps 1 --per_device_train_batch_size 2 --report_to none --use_cpu --disable_tqdm true"
+            command.main(["train", *args, *one_step.split()])
+        elif not output_dir.is_absolute() and not output_dir.exists():
+            shutil.copytree(self.folder / "outputs/quickstart", output_dir)
+
+    def python(self, args: list[str]):
+        """Runs the programs in exported folders; of all others only the arguments are parsed."""
+        if args[0] == "-m":
+            program, args = functools.partial(runpy.run_module, args[1]), args[1:]
+        else:
+            assert Path(args[0]).is_file(), f"there is no {args[0]}"
+            program = functools.partial(runpy.run_path, args[0])
+        with self.patch.context() as patch:
+            patch.setattr(sys, "argv", list(args))
+            patch.syspath_prepend(Path(args[0]).parent)
+            if Path(args[0]).name == "predict_onnx.py":
+                program(run_name="__main__")
+            elif Path(args[0]).name == "app.py":
+                compile(Path(args[0]).read_text(), args[0], "exec")
+            else:
+                self.parse(patch, program)
+
+    def parse(self, patch: pytest.MonkeyPatch, program: Callable):
         def stop_after(parse_args):
             def parse(parser, *given):
                 parse_args(parser, *given)
@@ -162,39 +196,33 @@ class Reader:
 
             return parse
 
-        with self.patch.context() as patch:
-            patch.setattr(sys, "argv", [f"{name}.py", *args])
-            for method in ("parse_args", "parse_intermixed_args"):
-                parse_args = getattr(argparse.ArgumentParser, method)
-                patch.setattr(argparse.ArgumentParser, method, stop_after(parse_args))
-            with pytest.raises(Parsed):
-                importlib.import_module(name).main()
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
+        with pytest.raises(Parsed):
+            program(run_name="__main__")
 
-    def train(self, name: str, args: list[str]):
-        """Photos are trained on for one step; of longer runs the tiny model takes the place of the result."""
-        parsed = parse_arguments([*args, "--use_cpu"])
-        output_dir = Path(parsed.training.output_dir)
-        if parsed.data.train_dir and name == "run_image_classification":
-            one_step = "--max_steps 1 --per_device_train_batch_size 2 --report_to none --use_cpu --disable_tqdm true"
-            importlib.import_module(name).main([*args, *one_step.split()])
-        elif not output_dir.is_absolute() and not output_dir.exists():
-            shutil.copytree(self.folder / "outputs/quickstart", output_dir)
+    def launched(self, args: list[str]):
+        """What a launcher starts in several processes: `-m hpool_vit.toolkit.command ARGS`."""
+        assert args[0] == COMMAND_MODULE, args
+        self.hpool_vit(args[1:], alone=False)
 
     def accelerate(self, args: list[str]):
         subcommand, *args = args
         assert subcommand == "launch"
         parsed = launch_command_parser().parse_args(args)
         assert parsed.config_file is None or Path(parsed.config_file).is_file(), parsed.config_file
-        self.python([parsed.training_script, *parsed.training_script_args], alone=False)
+        assert parsed.module
+        self.launched([parsed.training_script, *parsed.training_script_args])
 
     def torchrun(self, args: list[str]):
         parsed = torchrun_parser().parse_args(args)
-        self.python([parsed.training_script, *parsed.training_script_args], alone=False)
+        assert parsed.module
+        self.launched([parsed.training_script, *parsed.training_script_args])
 
     def sbatch(self, args: list[str]):
-        script, *args = args
+        script, flag, *args = args
         subprocess.run(["bash", "-n", script], check=True)
-        self.python(args, alone=False)
+        assert flag == "-m"
+        self.launched(args)
 
     def make(self, args: list[str]):
         for target in args:
@@ -234,7 +262,7 @@ def test_the_code_of_a_page_runs(page, desk, tmp_path, monkeypatch, capsys):
     reader = Reader(page.name, folder, monkeypatch, capsys)
     commands = record_commands(blocks, folder)
     for number, block in enumerate(blocks):
-        own = [command for command in commands if command.block == number]
+        own = [given for given in commands if given.block == number]
         try:
             reader.read(block, own)
         except BaseException as error:
@@ -247,7 +275,7 @@ def test_the_code_of_a_page_runs(page, desk, tmp_path, monkeypatch, capsys):
     [
         ("unknown_program --flag", "unknown_program"),
         ("echo 'an open quote", "unexpected EOF"),
-        ("$UNSET examples/model_stats.py", "UNSET"),
+        ("$UNSET hvt-s-1", "UNSET"),
     ],
 )
 def test_what_is_no_known_command_of_the_shell_is_noticed(text, reason, tmp_path):
@@ -259,17 +287,27 @@ def test_the_shell_blocks_are_read_as_the_shell_does(tmp_path):
     blocks = [
         Block("bash", 'R="python a.py"\nFAST=1 $R --x "1;2" … \\\n    b  # a comment\n', 1),
         Block("text", "", 5),
-        Block("bash", "mkdir() { :; }; cd .. && $R | python -\n", 6),
+        Block("bash", "mkdir() { :; }; cd .. && $R | hpool-vit predict -\n", 6),
     ]
     commands = record_commands(blocks, tmp_path)
     assert commands[0].words == ["python", "a.py", "--x", "1;2", "b"]
-    assert [command.words for command in commands[1:]] == [["python", "a.py"], ["python", "-"]]
-    assert [(command.block, command.folder) for command in commands[::2]] == [(0, tmp_path), (2, tmp_path.parent)]
+    assert [given.words for given in commands[1:]] == [["python", "a.py"], ["hpool-vit", "predict", "-"]]
+    assert [(given.block, given.folder) for given in commands[::2]] == [(0, tmp_path), (2, tmp_path.parent)]
 
 
-def test_a_flag_that_a_program_does_not_have_is_noticed(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("hpool-vit export model --modle x", UsageError),
+        ("hpool-vit predict model --modle x", SystemExit),
+        ("hpool-vit train --modle x", NotStartedError),
+        ("accelerate launch -m hpool_vit.toolkit.command train --modle x", NotStartedError),
+        ("python examples/benchmark/benchmark.py --modle x", SystemExit),
+    ],
+)
+def test_a_flag_that_a_program_does_not_have_is_noticed(words, error, tmp_path, monkeypatch, capsys):
     (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
     reader = Reader("page.md", tmp_path, monkeypatch, capsys)
-    for words in ("python examples/app.py --modle x", "python examples/run_image_classification.py --modle x"):
-        with pytest.raises(SystemExit):
-            reader.follow(Command(words.split(), tmp_path, 0))
+    with pytest.raises(error):
+        reader.follow(Command(words.split(), tmp_path, 0))

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import CODE, EXAMPLES, TESTS, run_python
+from helpers import CODE, EXAMPLES, TESTS, TOOLKIT, run_python
 
 
 ROOT = TESTS.parent
@@ -122,8 +122,12 @@ def test_code_that_does_more_would_be_seen(saved_folder, tmp_path):
     assert events["network"] and events["processes"] and "builtins.print" in events["pickles"]
 
 
-@pytest.mark.parametrize("program", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_programs_read_no_pickle_but_its_tensors(program):
+@pytest.mark.parametrize(
+    "program",
+    sorted([*TOOLKIT.rglob("*.py"), *EXAMPLES.rglob("*.py")]),
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_programs_read_only_the_tensors_of_a_pickle(program):
     calls = [node for node in ast.walk(ast.parse(program.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     for call in calls:
         name = ast.unparse(call.func)

@@ -48,6 +48,10 @@ class Page(HTMLParser):
             self.code.append(data)
 
 
+# They build the site, which takes half a minute.
+builds_site = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The site as `make docs` builds it. A link or an anchor that leads nowhere is an error."""
@@ -62,6 +66,7 @@ def built(page: Path) -> str:
     return page.relative_to(ROOT / "docs").with_suffix(".html").as_posix()
 
 
+@builds_site
 def test_every_page_is_in_the_navigation(site):
     navigation = (site / "index.html").read_text()
     for page in PAGES[1:]:
@@ -69,6 +74,7 @@ def test_every_page_is_in_the_navigation(site):
         assert f'href="{built(page)}"' in navigation, page
 
 
+@builds_site
 def test_the_site_loads_nothing_from_elsewhere(site):
     for path in site.rglob("*.html"):
         for address in Page(path.read_text()).loaded:
@@ -78,6 +84,7 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not re.findall(r"""(?:url\(|@import )\s*["']?https?:""", path.read_text()), path
 
 
+@builds_site
 def test_links_out_of_the_documentation_lead_to_pages_that_show_the_file(site):
     training = (site / "training.html").read_text()
     for link, name, shown in (
@@ -110,6 +117,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+@builds_site
 def test_the_reference_documents_every_public_class_and_every_field(site):
     html = (site / "api.html").read_text()
     anchors = {anchor.rpartition(".")[2] for anchor in re.findall(r'id="([\w.]+)"', html)}
@@ -124,12 +132,14 @@ def test_the_reference_documents_every_public_class_and_every_field(site):
             assert shown in (str(default), f'"{default}"', "1e-6", "3 and 2"), (name, shown)
 
 
+@builds_site
 def test_the_reference_shows_no_markup(site):
     page = Page((site / "api.html").read_text())
     assert not re.findall(r"\[`|`\]|\*optional\*|Args:", page.text)
     assert not [code for code in page.code if "`" in code]
 
 
+@builds_site
 def test_the_reference_has_what_decorators_add_to_the_models(site):
     text = Page((site / "api.html").read_text()).text
     assert "HPool-ViT without a head" in text and "HPool-ViT with an image classification head" in text
