@@ -227,6 +227,8 @@ def check_given(given: dict[str, Any]):
     """Raises a `ValueError` for flags that contradict each other or have no effect."""
     if {"learning_rate", "base_learning_rate"} <= given.keys():
         raise ValueError("`learning_rate` and `base_learning_rate` both set the learning rate: give only one.")
+    if "tensorboard" in (given.get("report_to") or ()) and not is_tensorboard_available():
+        raise ValueError("`report_to='tensorboard'` needs a missing package: python -m pip install tensorboard")
     for name in sorted(WITHOUT_EFFECT.keys() & given.keys()):
         if given[name] != DEFAULTS.get(name):
             raise ValueError(f"`{name}={given[name]!r}` has no effect, because {WITHOUT_EFFECT[name]}: leave it out.")

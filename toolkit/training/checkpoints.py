@@ -57,9 +57,7 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     for folder in reversed(list_checkpoints(output_dir)):
         if is_complete(folder):
             return folder
-        logger.warning(
-            f"{folder} is incomplete and ignored: the run was probably killed while it wrote it."
-        )
+        logger.warning(f"{folder} is incomplete and ignored: the run was probably killed while it wrote it.")
     return None
 
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from helpers import run_command
 
+from hpool_vit.toolkit.training import arguments
 from hpool_vit.toolkit.training.arguments import (
     RECORD,
     WITHOUT_EFFECT,
@@ -161,3 +162,9 @@ def test_the_fields_of_the_configuration_are_explained_by_its_docstring():
     assert field_help("num_channels") == "Channels of the input (`in_channels`)."
     assert field_help("pool_stride") == field_help("pool_kernel_size") != field_help("pool_mode")
     assert not any("` of HPoolViTConfig" in field_help(name) for name in CONFIG_FIELDS)
+
+
+def test_tensorboard_is_asked_for_only_where_it_is_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(arguments, "is_tensorboard_available", lambda: False)
+    parse(tmp_path, "--report_to", "none")
+    assert "python -m pip install tensorboard" in error_of(capsys, tmp_path, "--report_to", "tensorboard")

@@ -319,5 +319,5 @@ def test_runs_are_compared_by_seeds_macs_and_speed(tmp_path, photos, capsys):
     first, second = (models["pooled"]["runs"][seed]["accuracy"] for seed in "01")
     assert f"| {(first + second) / 2:.1f} | {first:.1f}, {second:.1f} |" in table
     assert (tmp_path / "table.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit, match="--reference other is none of the runs: pooled, unpooled"):
+    with pytest.raises(SystemExit, match="--reference other is not one of the runs: pooled, unpooled"):
         compare_runs.main([*folders, "--reference", "other", "--output", str(tmp_path / "table")])
