@@ -29,7 +29,7 @@ def test_a_step_draws_the_same_in_every_process_and_in_a_resumed_run():
     assert draws(0, range(20)) != draws(1, range(20))
 
 
-def test_the_model_has_its_own_schedule_again_behind_each_step():
+def test_the_model_has_its_own_schedule_again_after_each_step():
     model = tiny_model(hvt_pool_choices=CHOICES)
     sampler = ScheduleSampler(model, CHOICES, seed=0)
     for step in range(8):
@@ -47,7 +47,7 @@ def test_without_choices_nothing_changes():
     assert list(sampler.each()) == []
 
 
-def test_each_schedule_is_visited_and_left_also_after_an_error():
+def test_each_schedule_is_visited_and_the_own_one_restored_even_after_an_error():
     model = tiny_model(hvt_pool_choices=CHOICES)
     sampler = ScheduleSampler(model, CHOICES, seed=0)
     assert [(name, model.config.hvt_pool) for name in sampler.each()] == [("none", None), ("2", [2]), ("1,3", [1, 3])]
