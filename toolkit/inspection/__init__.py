@@ -1,0 +1,1 @@
+"""Shows what an HPool-ViT does and costs: the commands `visualize` and `stats`."""

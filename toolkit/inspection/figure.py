@@ -1,4 +1,4 @@
-"""The picture of what an HPool-ViT makes of the patches of an image. Figures without pyplot, for threads too."""
+"""Draws what an HPool-ViT makes of the patches of an image. The figures do without pyplot, so threads can draw."""
 
 import matplotlib
 import numpy as np
@@ -37,27 +37,29 @@ def draw(
     chart: bool = True,
 ) -> Figure:
     """
-    For each image: what the model saw, its prediction, one panel per pooling stage with the tokens drawn in the colour
-    of what they stand for, below it what each patch supplied (merging: how many patches share a token), and attention
-    rollout.
+    Draws, for each image, what the model saw, its prediction, and attention rollout. Each pooling stage has one panel
+    with its tokens in the colours of their patches, and below it one panel with what each patch supplied (for merging,
+    how many patches share a token).
 
     Args:
-        images (`list` of arrays of shape `(height, width, 3)`): the images as the model saw them, in [0, 1]; pixels at
-            the right and bottom that fill no patch left out.
-        trace (`PoolingTrace`): of these images.
-        config (`HPoolViTConfig`): of the model.
-        names (`list[str]`, *optional*): a heading per image.
-        chart (`bool`): whether tokens and MACs per block are drawn below.
+        images (`list` of arrays of shape `(height, width, 3)`):
+            The images as the model saw them, in [0, 1], without pixels at the right and the bottom that do not fill a
+            patch.
+        trace (`PoolingTrace`): the trace of these images.
+        config (`HPoolViTConfig`): the configuration of the model.
+        names (`list[str]`, *optional*): a heading for each image.
+        chart (`bool`, defaults to `True`): whether to draw the tokens and MACs per block below.
 
     Returns:
-        `matplotlib.figure.Figure`, which no pyplot knows of.
+        `matplotlib.figure.Figure`: the figure, which is not registered with pyplot.
 
     Raises:
-        ValueError: if there are not as many images, names and traced images.
+        ValueError: if the numbers of images, names and traced images differ.
     """
     if not len(images) == len(names or images) == len(trace.rollout):
         raise ValueError(
-            f"{len(images)} images, {len(names or images)} names and {len(trace.rollout)} traced images: pass as many."
+            f"{len(images)} images, {len(names or images)} names and {len(trace.rollout)} traced images: pass as many "
+            "of each."
         )
     num_columns = len(trace.stages) + 1
     height = PANEL * min(max(images[0].shape[0] / images[0].shape[1], 0.3), 3)
@@ -78,14 +80,23 @@ def draw(
 
 
 def draw_chart(trace: PoolingTrace, config: HPoolViTConfig) -> Figure:
-    """Tokens and multiply-accumulates of each block, beside those of the same model without pooling."""
+    """
+    Draws the tokens and multiply-accumulates of each block, in front of those of the same model without pooling.
+
+    Args:
+        trace (`PoolingTrace`): the trace of any images.
+        config (`HPoolViTConfig`): the configuration of the model.
+
+    Returns:
+        `matplotlib.figure.Figure`: the figure, which is not registered with pyplot.
+    """
     figure = Figure(figsize=(11, CHART + MARGIN), dpi=100)
     _draw_chart(figure, 0, trace, config)
     return figure
 
 
 class _Scales:
-    """Colours that mean the same in every panel of a figure. Shares are relative to those of an even share."""
+    """Colours that mean the same in every panel of a figure. Shares are relative to an even share."""
 
     def __init__(self, trace: PoolingTrace):
         pooled = trace.stages[1:] or trace.stages
@@ -94,7 +105,7 @@ class _Scales:
         self.rollout = trace.rollout * num_patches
         highest = max(float(share.max()) for share in self.shares[1:] or self.shares)
         self.share_norm = Normalize(0, max(highest, 1))
-        # One outlier must not take the colours from all the others.
+        # One outlier must not use up the range of colours.
         self.rollout_norm = Normalize(float(self.rollout.min()), float(self.rollout.quantile(0.995)), clip=True)
         self.size_norm = LogNorm(1, max(2, *(int(stage.sizes.max()) for stage in pooled)))
 
@@ -143,12 +154,12 @@ def _draw_band(figure, top, height, image, trace, index, config, scales):
 
 
 def _draw_tokens(axes: Axes, stage: StageTrace, index: int, image: np.ndarray, grid: tuple[int, int]):
-    """Each token in the colour of what it was made of. A patch that is in several tokens is split among them."""
+    """Draws each token in the colour of its patches. A patch that is in several tokens is split among them."""
     cells = token_cells(stage, index, grid).numpy()
     colours = (stage.share[index] @ patch_colours(image, grid)).numpy()
     picture = np.where(cells[..., None] >= 0, colours[cells], 0.12)
     axes.imshow(picture.clip(0, 1), extent=(0, grid[1], grid[0], 0), aspect="auto", interpolation="nearest")
-    # Many small cells must not drown in the lines between them.
+    # The lines between small cells must not cover them.
     points = min(axes.bbox.height / len(cells), axes.bbox.width / grid[1]) * 72 / axes.figure.dpi
     width = min(1.0, points / 6)
     axes.add_collection(LineCollection(borders(cells, grid), colors="white", linewidths=width, capstyle="projecting"))
@@ -156,17 +167,17 @@ def _draw_tokens(axes: Axes, stage: StageTrace, index: int, image: np.ndarray, g
 
 def token_cells(stage: StageTrace, index: int, grid: tuple[int, int]) -> torch.Tensor:
     """
-    Which token is drawn where.
+    Which token is drawn in which cell.
 
     Returns:
-        `torch.LongTensor` of shape `(rows * lanes, columns)`, where `lanes` is the largest number of tokens that share
-        a patch: the number of a token, or -1 where a patch is in none.
+        `torch.LongTensor` of shape `(rows * lanes, columns)`: the number of a token, or -1 for a patch that is in no
+        token. `lanes` is the largest number of tokens that share a patch.
     """
     reached = stage.receptive_field[index]
     counts = reached.sum(0)
     lanes = max(1, int(counts.max()))
     tokens = torch.arange(len(reached))[:, None]
-    # Neighbouring tokens overlap: each keeps to one lane of the patches that it shares, and fills its own patches.
+    # Neighbouring tokens overlap. Each takes one lane of the patches that it shares, and fills the others.
     cells = []
     for lane in range(lanes):
         distance = torch.where(reached, (lane - tokens) % lanes, lanes)
@@ -175,7 +186,7 @@ def token_cells(stage: StageTrace, index: int, grid: tuple[int, int]) -> torch.T
 
 
 def borders(cells: np.ndarray, grid: tuple[int, int]) -> list[list[tuple[float, float]]]:
-    """Lines in units of patches between the cells of different tokens."""
+    """The lines between the cells of different tokens, in units of patches."""
     height = grid[0] / len(cells)
     below = np.argwhere(cells[1:] != cells[:-1])
     beside = np.argwhere(cells[:, 1:] != cells[:, :-1])
@@ -190,7 +201,7 @@ def patch_colours(image: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def _draw_heat(axes, grey, values, grid, norm, colours):
-    """Values of shape `(patches,)` over the photo."""
+    """Draws values of shape `(patches,)` over the photo."""
     heat = matplotlib.colormaps[colours](norm(values.view(grid).numpy()))[..., :3]
     heat = torch.as_tensor(heat).permute(2, 0, 1)[None]
     heat = torch.nn.functional.interpolate(heat, grey.shape[:2], mode="nearest")[0].permute(1, 2, 0).numpy()

@@ -1,6 +1,7 @@
-"""Parameters, tokens and multiply-accumulates (MACs) of HPool-ViTs."""
+"""The command `hpool-vit stats`: parameters, tokens and multiply-accumulates (MACs) of HPool-ViTs."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -11,20 +12,22 @@ from transformers import AutoConfig
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 from hpool_vit.configuration_hpool_vit import PRESETS
 
+from ..shared.console import hub_id, one_line
+
 
 def model_stats(config: HPoolViTConfig) -> dict[str, Any]:
     """
-    What a model of this configuration costs for one image of `config.image_size`.
+    Counts what a model costs for one image of `config.image_size`.
 
     Args:
-        config (`HPoolViTConfig`): the configuration.
+        config (`HPoolViTConfig`): the configuration of the model.
 
     Returns:
-        `parameters` and `macs`, plain numbers, and `parts`: the embeddings, each stage and the head, with `name`,
-        `blocks` and patch `tokens` (of the stages), `macs` and `share` of the total. A MAC is half of what PyTorch's
-        `FlopCounterMode` counts: matrix products and convolutions.
+        A dictionary with the numbers `parameters` and `macs`, and with `parts`: the embeddings, each stage and the
+        head. Each part has its `name`, `macs` and `share` of the total, and each stage its `blocks` and patch
+        `tokens`. MACs are half of what PyTorch's `FlopCounterMode` counts: matrix products and convolutions.
     """
-    # On no device: only shapes count. In eager attention each product is seen.
+    # Only shapes matter, so nothing is allocated. Eager attention shows each of its products.
     with torch.device("meta"):
         model = HPoolViTForImageClassification._from_config(config, attn_implementation="eager").eval()
         image = torch.zeros(1, config.num_channels, *config.image_shape, dtype=model.dtype)
@@ -36,7 +39,7 @@ def model_stats(config: HPoolViTConfig) -> dict[str, Any]:
         ({"name": name, **details}, sum(counts.get(module, 0) for module in modules))
         for name, details, modules in _parts(config)
     ]
-    # What is left is the head, and the mean before it.
+    # The rest is the head, with the mean before it.
     parts.append(({"name": "head"}, total - sum(macs for _, macs in parts)))
     return {
         "parameters": model.num_parameters(),
@@ -46,7 +49,7 @@ def model_stats(config: HPoolViTConfig) -> dict[str, Any]:
 
 
 def _parts(config: HPoolViTConfig) -> list[tuple[str, dict[str, Any], list[str]]]:
-    """The parts of the model before the head: name, details, and the names of their modules."""
+    """The parts of the model before the head: their names, details, and the names of their modules."""
     starts = [0, *(config.hvt_pool or []), config.num_hidden_layers]
     parts = [("embeddings", {}, ["hpool_vit.embeddings"])]
     for stage, tokens in enumerate(config.tokens_per_stage()):
@@ -58,7 +61,13 @@ def _parts(config: HPoolViTConfig) -> list[tuple[str, dict[str, Any], list[str]]
 
 
 def format_stats(name: str, stats: dict[str, Any]) -> str:
-    """The table of one model."""
+    """
+    The result of [`model_stats`] as a table.
+
+    Args:
+        name (`str`): the name of the model.
+        stats (`dict`): its statistics.
+    """
     lines = [f"{name}: {stats['parameters'] / 1e6:.2f} M parameters, {stats['macs'] / 1e9:.2f} G MACs"]
     lines += [f"  {'part':<12}{'blocks':>8}{'tokens':>8}{'MACs G':>9}{'share':>8}"]
     for part in stats["parts"]:
@@ -71,31 +80,50 @@ def format_stats(name: str, stats: dict[str, Any]) -> str:
 
 
 def format_macs(macs: int) -> str:
-    """A number of MACs for people: 1.62 G, 23.4 M."""
+    """A number of MACs in a readable unit: 1.62 G, 23.4 M."""
     return f"{macs / 1e9:.2f} G" if macs >= 1e8 else f"{macs / 1e6:.1f} M"
 
 
 def load_config(name: str) -> HPoolViTConfig:
-    """The configuration of a preset, or of a saved folder or Hub id."""
+    """
+    The configuration of a preset, a saved folder or a Hub id.
+
+    Raises:
+        ValueError: if the name is none of these, or if the model is not an HPool-ViT.
+    """
     if name in PRESETS:
         return HPoolViTConfig.from_preset(name)
-    config = AutoConfig.from_pretrained(name)
+    if not Path(name).exists() and hub_id(name) is None:
+        raise ValueError(
+            f"{name} is neither a folder here nor an id on the Hub nor a preset. The presets are {', '.join(PRESETS)}."
+        )
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} has no config.json: give the folder of a saved model.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"The configuration of {name} cannot be loaded: {one_line(error)}") from error
     if config.model_type != HPoolViTConfig.model_type:
-        raise ValueError(f"`{name}` holds a model of the type {config.model_type!r}, not an HPool-ViT.")
+        raise ValueError(f"{name} is a model of the type {config.model_type!r}, not an HPool-ViT.")
     return config
 
 
 def command(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL_OR_PRESET]...", help="Presets, saved folders or Hub ids.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL_OR_PRESET]...",
+            help=f"Saved folders, Hub ids or presets ({', '.join(PRESETS)}). By default all presets.",
+            show_default=False,
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """
     Count the parameters, tokens and multiply-accumulates (MACs) of HPool-ViTs, stage by stage.
 
-    A stage is the blocks between two poolings, with the pooling at its start. Without a name, the models of the paper
-    are counted.
+    A stage begins with a pooling and ends before the next one. The presets are the models of the paper. Only the
+    configuration of a model is read, not its weights.
     """
     stats = {name: model_stats(load_config(name)) for name in models or PRESETS}
     print(json.dumps(stats, indent=2) if json_output else "\n\n".join(map(format_stats, stats, stats.values())))

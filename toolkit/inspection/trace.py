@@ -1,4 +1,4 @@
-"""What an HPool-ViT makes of the patches of an image: the numbers behind `visualize_pooling.py`."""
+"""What an HPool-ViT makes of the patches of an image: the numbers that `hpool-vit visualize` draws."""
 
 import copy
 import itertools
@@ -10,23 +10,28 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hpool_vit import HPoolViTConfig
+from hpool_vit.pooling_hpool_vit import Tokens
 
 
 @dataclass
 class StageTrace:
     """
-    The tokens of one stage and where they come from. P patches in raster order, T patch tokens (a class token is not
-    among them).
+    The tokens of one stage and where they come from: P patches in raster order and T patch tokens, without the class
+    token.
 
     Attributes:
-        block (`int`, *optional*): the block at whose input the stage pools; None for the first stage, the patches.
-        receptive_field (`torch.BoolTensor` of shape `(batch_size, T, P)`): which patches a token stands for: those in
-            its windows (max, avg) or in its group (merge), through all stages so far.
-        share (`torch.FloatTensor` of shape `(batch_size, T, P)`): how much of a token each patch supplied; rows sum to
-            1. Max: the share of the token's channels for which the patch won at this and every earlier stage, each
-            channel followed by itself (of equal values the first wins; the two streams of `ln_order="residual"` count
-            alike). Avg and merge: the weights of the mean, multiplied through the stages.
-        groups (`torch.LongTensor` of shape `(batch_size, P)`, *optional*): of merge: the token that each patch is in.
+        block (`int`, *optional*):
+            The block at whose input the stage pools; None for the first stage, which is the patches themselves.
+        receptive_field (`torch.BoolTensor` of shape `(batch_size, T, P)`):
+            Which patches a token stands for, through all stages so far: those in its windows (max, avg) or in its
+            group (merge).
+        share (`torch.FloatTensor` of shape `(batch_size, T, P)`):
+            How much of a token each patch supplied. Rows sum to 1. Max: the share of the token's channels in which the
+            patch won at this stage and every earlier one. Each channel is followed by itself, the first of equal
+            values wins, and the two streams of `ln_order="residual"` count alike. Avg and merge: the weights of the
+            mean, multiplied through the stages.
+        groups (`torch.LongTensor` of shape `(batch_size, P)`, *optional*):
+            The token that each patch is in. Merge only.
     """
 
     block: int | None
@@ -41,7 +46,7 @@ class StageTrace:
 
     @property
     def sizes(self) -> torch.Tensor:
-        """How many patches each token stands for: `torch.LongTensor` of shape `(batch_size, T)`."""
+        """The number of patches that each token stands for, a `torch.LongTensor` of shape `(batch_size, T)`."""
         return self.receptive_field.sum(-1)
 
     @property
@@ -59,17 +64,19 @@ class StageTrace:
 @dataclass
 class PoolingTrace:
     """
-    The way of the patches of a batch of images through a model. All tensors are on the CPU.
+    How the patches of a batch of images pass through a model. All tensors are on the CPU.
 
     Attributes:
-        grid (`tuple[int, int]`): rows and columns of patches; P is their product.
-        stages (`list[StageTrace]`): the patches themselves, then one for each block in `config.hvt_pool`.
-        tokens_per_block (`list[int]`): patch tokens that each block works on.
-        rollout (`torch.FloatTensor` of shape `(batch_size, P)`): attention rollout (Abnar and Zuidema 2020, arXiv
-            2005.00928, Section 3) of the pooled output: each block as the mean of identity and attention averaged over
-            the heads, each pooling as the share of a token that each token before it supplied. Read at the class
-            token, whose attention to itself is left out, or as the mean over the tokens; rows sum to 1.
-        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*): None without classifier.
+        grid (`tuple[int, int]`): rows and columns of patches. P is their product.
+        stages (`list[StageTrace]`): the patches themselves, then one stage for each block in `config.hvt_pool`.
+        tokens_per_block (`list[int]`): the number of patch tokens in each block.
+        rollout (`torch.FloatTensor` of shape `(batch_size, P)`):
+            Attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928, Section 3) of the pooled output. A block is
+            the mean of the identity and of its attention averaged over the heads. A pooling stage is the share of a
+            token that each token before it supplied. The rollout is read at the class token, without its attention to
+            itself, or as the mean over the tokens. Rows sum to 1.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*):
+            The logits; None if the model has no classifier.
     """
 
     grid: tuple[int, int]
@@ -79,7 +86,7 @@ class PoolingTrace:
     logits: torch.Tensor | None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of it by name, for `safetensors`: `rollout`, `logits`, `stages.0.share`, `stages.1.groups`, …"""
+        """Everything by name, for `safetensors`: `rollout`, `logits`, `stages.0.share`, `stages.1.groups`, …"""
         named = {
             "grid": torch.tensor(self.grid),
             "tokens_per_block": torch.tensor(self.tokens_per_block),
@@ -99,25 +106,27 @@ def trace_pooling(
     model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
 ) -> PoolingTrace:
     """
-    Runs a model in evaluation mode and follows every patch through its blocks and stages. The model itself is not
-    touched, not even meanwhile: threads may trace one model at a time.
+    Runs a model in evaluation mode and follows every patch through its blocks and stages. The model itself does not
+    change, not even for a moment, so several threads can trace the same model.
 
     Args:
-        model (`PreTrainedModel`): an HPool-ViT with or without classifier, on any device.
+        model (`PreTrainedModel`): an HPool-ViT with or without a classifier, on any device.
         pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): normalised images.
-        interpolate_pos_encoding (`bool`): as in the model: whether the images may have another size than its own.
+        interpolate_pos_encoding (`bool`, defaults to `False`):
+            As in the model: whether the images may have a size other than that of the model.
 
     Returns:
-        [`PoolingTrace`]
+        [`PoolingTrace`]: where the tokens of each stage come from.
 
     Raises:
-        ValueError: for another kind of model, for `pixel_values` that the model refuses, and where it computes values
-            that are not finite.
+        ValueError:
+            If the model is not an HPool-ViT, if it refuses the `pixel_values`, or if it computes values that are not
+            finite.
     """
     if getattr(getattr(model, "config", None), "model_type", None) != HPoolViTConfig.model_type:
         raise ValueError(f"`model` is a {type(model).__name__}, not an HPool-ViT.")
-    # A copy of the modules which shares the weights: hooks, mode and eager attention, which alone returns its
-    # probabilities, concern nobody else.
+    # A copy of the modules that shares the weights. Hooks, evaluation mode and eager attention, which alone returns
+    # its probabilities, stay in the copy.
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     replica = copy.deepcopy(model, shared).eval()
     config = replica.config
@@ -126,7 +135,7 @@ def trace_pooling(
     recorder.watch(replica.base_model)
     if isinstance(pixel_values, torch.Tensor):
         pixel_values = pixel_values.to(model.device)
-    with torch.device("cpu"):  # where the recorder makes its tensors
+    with torch.device("cpu"):  # the recorder's tensors are made here
         output = replica(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
     logits = output.logits.float().cpu() if "logits" in output and config.num_labels else None
     rollout = recorder.read_rollout()
@@ -143,12 +152,15 @@ def trace_pooling(
 
 def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[int]:
     """
-    Multiply-accumulates of each block for one image: matrix products, as `model_stats` counts them. A merging counts
-    to the block at whose input it stands.
+    The multiply-accumulates of each block for one image: matrix products, as [`model_stats`] counts them. Merging
+    counts towards the block at whose input it happens.
 
     Args:
         config (`HPoolViTConfig`): the configuration.
-        num_patches (`int`, *optional*): patches of the image; by default those of `config.image_size`.
+        num_patches (`int`, *optional*): the number of patches of the image. By default that of `config.image_size`.
+
+    Returns:
+        `list[int]`: one number for each block.
     """
     tokens = config.tokens_per_stage(num_patches)
     stage_of = {block: stage for stage, block in enumerate(config.hvt_pool or [], start=1)}
@@ -169,14 +181,14 @@ def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[i
 
 @dataclass
 class _Recorder:
-    """Follows one forward pass from hooks, in float32 on the CPU and outside autocast."""
+    """Follows one forward pass through hooks, in float32 on the CPU and outside autocast."""
 
     config: HPoolViTConfig
     stages: list[StageTrace] = field(default_factory=list)
     tokens_per_block: list[int] = field(default_factory=list)
-    # (batch_size, tokens, patches), in both a class token first where there is one.
+    # (batch_size, tokens, patches). A class token comes first among both.
     rollout: torch.Tensor | None = None
-    # Of max: the patch that each channel of each token comes from, (batch_size, tokens, channels of all streams).
+    # Max only: the patch that each channel of each token comes from, (batch_size, tokens, channels of all streams).
     suppliers: torch.Tensor | None = None
 
     def __post_init__(self):
@@ -205,8 +217,8 @@ class _Recorder:
         # Rows of half-precision probabilities do not sum to 1.
         self.rollout = rollout / rollout.sum(-1, keepdim=True)
 
-    def pool(self, block: int, stage: nn.Module, streams: tuple[torch.Tensor, ...], *_):
-        streams = [stream[:, self.num_prefix_tokens :] for stream in streams]
+    def pool(self, block: int, stage: nn.Module, before: Tokens, *_):
+        streams = [stream[:, self.num_prefix_tokens :] for stream in before.streams]
         trace = {"max": self.pool_max, "avg": self.pool_avg, "merge": self.merge}[self.config.pool_mode]
         with torch.autocast("cpu", enabled=False):
             reached, pooling, share, groups = trace(stage, streams)
@@ -215,8 +227,8 @@ class _Recorder:
             self.rollout = torch.cat((prefix, pooling @ tokens), dim=1)
         self.stages.append(StageTrace(block, reached, share, groups))
 
-    # Each of the three returns which tokens a token reaches and what each supplied to it, both of shape (batch_size,
-    # tokens, tokens before), and `share` and `groups` of the stage.
+    # Each of the next three returns which tokens a token reaches and what each of them supplied to it, both of shape
+    # (batch_size, tokens, tokens before), and `share` and `groups` of the stage.
 
     def pool_max(self, stage: nn.Module, streams: list[torch.Tensor]) -> tuple:
         tokens = torch.cat(streams, dim=-1).float().cpu()
@@ -239,7 +251,7 @@ class _Recorder:
         num_merged = self.config.num_merged(tokens.shape[1], len(self.stages) - 1)
         groups = torch.arange(tokens.shape[1]).expand(tokens.shape[:2])
         if num_merged:
-            # The code that this very model runs, which may be the copy in its folder, where it runs.
+            # From the module that this model runs, which can be the copy in its folder.
             find_groups = sys.modules[type(stage).__module__].find_groups
             with torch.autocast(tokens.device.type, enabled=False):
                 groups = find_groups(tokens, num_merged).cpu()
@@ -259,11 +271,11 @@ class _Recorder:
 
 
 def _mean(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted mean over the tokens; no matrix product, which autocast would round."""
+    """The weighted mean over the tokens. Autocast would round a matrix product."""
     return (rows * weights.unsqueeze(-1)).sum(1)
 
 
 def _shares(sources: torch.Tensor, num_sources: int) -> torch.Tensor:
-    """From `sources` of shape (batch_size, tokens, channels) to the share of the channels from each of them."""
+    """The share of each token's channels that comes from each source; `sources` is (batch_size, tokens, channels)."""
     counts = torch.zeros(*sources.shape[:2], num_sources, dtype=torch.float32)
     return counts.scatter_add_(2, sources, torch.ones_like(sources, dtype=torch.float32)) / sources.shape[2]

@@ -1,4 +1,4 @@
-"""The pictures of pooling: what they show of a photo, and the program that writes them."""
+"""`hpool-vit visualize`: what the pictures of pooling show of a photo, and the command that writes them."""
 
 import shutil
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TOOLKIT, run_python, tiny_model
+from helpers import run_command, tiny_model
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
@@ -15,9 +16,11 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hpool_vit import HPoolViTImageProcessor, HPoolViTImageProcessorPil
 from hpool_vit.configuration_hpool_vit import POOL_MODES
-from hpool_vit.toolkit.inspection.figure import borders, patch_colours, token_cells
+from hpool_vit.toolkit.command import main
+from hpool_vit.toolkit.inspection.figure import borders, draw, draw_chart, patch_colours, token_cells
 from hpool_vit.toolkit.inspection.trace import block_macs, trace_pooling
-from hpool_vit.toolkit.inspection.visualize import draw, draw_chart, load, main, prepare, trace_images
+from hpool_vit.toolkit.inspection.visualize import load_model, prepare_images, trace_images
+from hpool_vit.toolkit.shared.figures import save_figure
 
 
 LABELS = {0: "ant", 1: "bee", 2: "cat"}
@@ -43,13 +46,25 @@ def photo(tmp_path) -> Path:
 
 
 def visualize(folder: Path, photo: Path, output: Path, *args):
-    main(["--model_name_or_path", str(folder), "--image", str(photo), "--output", str(output), *map(str, args)])
+    main(["visualize", *map(str, (folder, photo, "--output", output, *args))])
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        picture.verify()
-        return picture.size
+def two_colours(path: Path) -> Path:
+    """A photo whose left half is red and whose right half is blue."""
+    pixels = np.zeros((200, 280, 3), dtype=np.uint8)
+    pixels[:, :140, 0] = pixels[:, 140:, 2] = 255
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def colour_at(picture: Path, axes: Axes, x: float, y: float) -> list[int]:
+    """The colour in a written picture around a place in the axes, from (0, 0) at the lower left to (1, 1)."""
+    with Image.open(picture) as image:
+        box = axes.get_position()
+        column = (box.x0 + x * box.width) * image.width
+        row = (1 - box.y0 - y * box.height) * image.height
+        pixels = np.asarray(image.convert("RGB"))[int(row) - 6 : int(row) + 7, int(column) - 6 : int(column) + 7]
+        return np.median(pixels, axis=(0, 1)).tolist()
 
 
 def texts(figure: Figure) -> list[str]:
@@ -60,7 +75,7 @@ def texts(figure: Figure) -> list[str]:
 
 
 def traced(figure_of: str, photo: Path, folders: dict[str, Path], **overrides):
-    model, image_processor = load(str(folders[figure_of]), **overrides)
+    model, image_processor = load_model(str(folders[figure_of]), **overrides)
     image = Image.open(photo)
     return model, image, *trace_images(model, image_processor, [image])
 
@@ -70,7 +85,7 @@ class TestWhatTheModelSees:
     @pytest.mark.parametrize("image_size", [None, (24, 48)])
     def test_the_photo_in_the_picture_is_the_input_before_it_is_normalised(self, backend, image_size, photo):
         processor = backend.for_config(tiny_model().config)
-        pixel_values, (seen,) = prepare(processor, [Image.open(photo)], tiny_model().config, image_size)
+        pixel_values, (seen,) = prepare_images(processor, [Image.open(photo)], tiny_model().config, image_size)
         assert pixel_values.shape == (1, 3, *(image_size or (32, 32)))
         normalised = (seen - np.array(processor.image_mean)) / np.array(processor.image_std)
         np.testing.assert_allclose(pixel_values[0].permute(1, 2, 0), normalised, atol=1e-5)
@@ -78,7 +93,7 @@ class TestWhatTheModelSees:
     def test_pixels_that_fill_no_patch_are_not_in_it(self, photo):
         config = tiny_model().config
         processor = HPoolViTImageProcessor.for_config(config)
-        pixel_values, (seen,) = prepare(processor, [Image.open(photo)], config, (35, 41))
+        pixel_values, (seen,) = prepare_images(processor, [Image.open(photo)], config, (35, 41))
         assert pixel_values.shape[2:] == (35, 41)
         assert seen.shape == (32, 40, 3)
 
@@ -92,12 +107,12 @@ class TestWhatTheModelSees:
     def test_every_way_to_resize_gives_the_size_that_was_asked_for(self, attributes, photo):
         config = tiny_model().config
         processor = HPoolViTImageProcessor.for_config(config, **attributes)
-        assert prepare(processor, [Image.open(photo)], config, (20, 44))[0].shape == (1, 3, 20, 44)
+        assert prepare_images(processor, [Image.open(photo)], config, (20, 44))[0].shape == (1, 3, 20, 44)
 
     def test_greyscale_models_see_grey(self, photo):
         config = tiny_model(num_channels=1).config
         processor = HPoolViTImageProcessor.for_config(config, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
-        pixel_values, (seen,) = prepare(processor, [Image.open(photo).convert("RGB")], config)
+        pixel_values, (seen,) = prepare_images(processor, [Image.open(photo).convert("RGB")], config)
         assert pixel_values.shape == (1, 1, 32, 32)
         np.testing.assert_allclose(seen, (pixel_values[0] * 0.5 + 0.5).expand(3, -1, -1).permute(1, 2, 0), atol=1e-6)
 
@@ -134,7 +149,7 @@ class TestThePicture:
         assert sorted(lines) == [[(1, 1), (1, 2)], [(1, 1), (2, 1)], [(2, 0), (2, 1)], [(2, 1), (3, 1)]]
 
     def test_several_images_share_one_picture(self, photo, folders):
-        model, image_processor = load(str(folders["max"]))
+        model, image_processor = load_model(str(folders["max"]))
         trace, seen = trace_images(model, image_processor, [Image.open(photo), Image.new("RGB", (60, 60))])
         figure = draw(seen, trace, model.config, ["one.jpg", "two $.jpg"])
         assert {"one.jpg", "two $.jpg"} <= set(texts(figure))
@@ -158,43 +173,74 @@ class TestThePicture:
         expected = [macs / 1e6 for macs in block_macs(model.config)]
         assert [bar.get_height() for bar in macs.patches[4:]] == pytest.approx(expected)
 
-    def test_pyplot_knows_of_no_figure(self, photo, folders):
+    def test_no_figure_is_registered_with_pyplot(self, photo, folders):
         model, _, trace, seen = traced("max", photo, folders)
         draw(seen, trace, model.config)
         pyplot = sys.modules.get("matplotlib.pyplot")
         assert pyplot is None or pyplot.get_fignums() == []
 
 
-class TestTheProgram:
+class TestTheFile:
+    @pytest.mark.parametrize("ending", ["png", "webp"])
+    def test_it_shows_the_photo_and_its_tokens_in_their_places(self, ending, folders, tmp_path):
+        # Patches stay apart here: only the one pair of neighbours that is most alike has merged.
+        photo, picture = two_colours(tmp_path / "photo.png"), tmp_path / f"picture.{ending}"
+        model, _, trace, seen = traced("merge", photo, folders, hvt_pool=[1], merge_ratio=0.02)
+        figure = draw(seen, trace, model.config)
+        save_figure(figure, picture)
+        photo_panel, tokens_panel = [axes for axes in figure.axes if axes.images][:2]
+        for panel in (photo_panel, tokens_panel):
+            left, right = colour_at(picture, panel, 0.2, 0.5), colour_at(picture, panel, 0.8, 0.5)
+            assert left[0] > 150 > left[2] and right[2] > 150 > right[0]
+        assert colour_at(picture, photo_panel, -0.04, 0.5) == [255, 255, 255]
+
+    def test_letters_that_the_font_lacks_are_no_warning(self, photo, folders, tmp_path, recwarn):
+        model, _, trace, seen = traced("max", photo, folders)
+        save_figure(draw(seen, trace, model.config, ["写真.jpg"]), tmp_path / "picture.png")
+        assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+class TestTheCommand:
     @pytest.mark.parametrize("pool_mode", POOL_MODES)
     def test_it_writes_picture_chart_and_numbers(self, pool_mode, photo, folders, tmp_path, capsys):
         outputs = [tmp_path / "new" / name for name in ("panels.png", "chart.svg", "numbers.safetensors")]
         visualize(folders[pool_mode], photo, outputs[0], "--chart", outputs[1], "--save_tensors", outputs[2])
-        assert min(picture_size(outputs[0])) > 500
+        model, _, trace, seen = traced(pool_mode, photo, folders)
+        panel = draw(seen, trace, model.config, ["photo.jpg"], chart=False).axes[0]
+        centre = seen[0][14:18, 14:18].mean((0, 1)) * 255
+        np.testing.assert_allclose(colour_at(outputs[0], panel, 0.5, 0.5), centre, atol=60)
         assert "<svg" in outputs[1].read_text()
         numbers = load_file(outputs[2])
-        assert numbers["macs_per_block"].tolist() == block_macs(load(str(folders[pool_mode]))[0].config)
+        assert numbers["macs_per_block"].tolist() == block_macs(load_model(str(folders[pool_mode]))[0].config)
         assert numbers["rollout"].shape == (1, 64)
         printed = capsys.readouterr().out
         assert f"{photo}: {LABELS[int(numbers['logits'].argmax())]} " in printed
         assert all(f"written: {path}" in printed for path in outputs)
 
     def test_a_real_process_takes_several_images(self, photo, folders, tmp_path):
-        run_python(
-            TOOLKIT / "inspection/visualize.py",
-            *("--model_name_or_path", folders["merge"], "--output", tmp_path / "panels.png"),
-            *("--image", photo, shutil.copy(photo, tmp_path / "other.jpg")),
-        )
-        width, height = picture_size(tmp_path / "panels.png")
-        assert height > width * 0.9
+        photos, picture = [photo, two_colours(tmp_path / "other.png")], tmp_path / "panels.png"
+        result = run_command("visualize", folders["merge"], *photos, "--output", picture)
+        assert [line.partition(": ")[0] for line in result.stdout.splitlines()] == [
+            *map(str, photos),
+            "tokens",
+            "written",
+        ]
+        assert result.stderr == ""
+        model, image_processor = load_model(str(folders["merge"]))
+        trace, seen = trace_images(model, image_processor, [Image.open(path).convert("RGB") for path in photos])
+        figure = draw(seen, trace, model.config, [path.name for path in photos])
+        second = [axes for axes in figure.axes if axes.images and np.array_equal(axes.images[0].get_array(), seen[1])]
+        left, right = (colour_at(picture, second[0], x, 0.5) for x in (0.2, 0.8))
+        assert left[0] > 150 > left[2] and right[2] > 150 > right[0]
 
     @pytest.mark.parametrize(
         ("pool_mode", "flags", "tokens"),
         [
             ("max", ["--hvt_pool", "2"], "64 → 31"),
-            ("merge", ["--no_pooling"], "64"),
-            ("merge", ["--hvt_pool", "0", "1", "3", "--merge_ratio", "0.5"], "64 → 32 → 16 → 8"),
-            ("avg", ["--image_size", "24", "48"], "72 → 35 → 17"),
+            ("merge", ["--hvt_pool", "none"], "64"),
+            ("merge", ["--hvt_pool", "0,1,3", "--merge_ratio", "0.5"], "64 → 32 → 16 → 8"),
+            ("merge", ["--hvt_pool", "1,2", "--merge_ratio", "0.5,0.25"], "64 → 32 → 24"),
+            ("avg", ["--image_size", "24,48"], "72 → 35 → 17"),
             ("merge", ["--image_size", "48"], "144 → 108 → 54"),
         ],
     )
@@ -203,36 +249,38 @@ class TestTheProgram:
         assert f"tokens: {tokens}\n" in capsys.readouterr().out
 
     def test_a_folder_without_classifier_gets_no_made_up_prediction(self, photo, folders, tmp_path, capsys):
-        model, image_processor = load(str(folders["max"]))
+        model, image_processor = load_model(str(folders["max"]))
         for part in (model.hpool_vit, image_processor):
             part.save_pretrained(tmp_path / "headless")
         visualize(tmp_path / "headless", photo, tmp_path / "panels.png")
         assert str(photo) not in capsys.readouterr().out
 
     @pytest.mark.parametrize(
-        ("flags", "message"),
+        ("words", "message"),
         [
-            (["--image", "missing.jpg"], "--image missing.jpg: unreadable: No such file"),
-            (["--image", "broken.jpg"], "--image broken.jpg: unreadable: not an image"),
-            (["--image", "."], "--image .: unreadable"),
-            (["--image", *["photo.jpg"] * 33], "--image names 33 files: give at most 32"),
-            (["--model_name_or_path", "missing"], "--model_name_or_path missing"),
-            (["--model_name_or_path", "vit"], "--model_name_or_path vit is a model of the type 'vit', no HPool-ViT"),
-            (["--model_name_or_path", "damaged"], "--model_name_or_path damaged cannot be loaded: "),
-            (["--hvt_pool", "9"], "`hvt_pool=[9]` names block 9"),
-            (["--hvt_pool", "0", "1", "2", "3", "--image_size", "12"], "runs out of tokens"),
+            (["model", "missing.jpg"], "missing.jpg: unreadable: No such file"),
+            (["model", "broken.jpg"], "broken.jpg: unreadable: not an image"),
+            (["model", "."], ".: unreadable"),
+            (["model", *["photo.jpg"] * 33], "There are 33 images: pass at most 32"),
+            (["missing", "photo.jpg"], "missing is neither a folder here nor an id on the Hub"),
+            (["vit", "photo.jpg"], "vit is a model of the type 'vit', not an HPool-ViT"),
+            (["damaged", "photo.jpg"], "damaged cannot be loaded: "),
+            (["--hvt_pool", "9"], "--hvt_pool [9] names block 9"),
+            (["--hvt_pool", "0,1,2,3", "--image_size", "12"], "runs out of tokens"),
             (["--merge_ratio", "0.3"], "--merge_ratio is for models that merge"),
-            (["--image_size", "0"], "--image_size 0 must be one or two numbers"),
-            (["--image_size", "1", "2", "3"], "--image_size 1 2 3 must be one or two numbers"),
-            (["--output", "photo.jpg"], "--output photo.jpg is the file of --image too"),
-            (["--output", "panels"], "--output panels must end in one of ."),
+            (["--image_size", "0"], "--image_size 0 must be one number of pixels, or height and width"),
+            (["--image_size", "1,2,3"], "--image_size 1,2,3 must be one number"),
+            (["--image_size", "large"], "--image_size large must be one number"),
+            (["--output", "photo.jpg"], "--output photo.jpg is also an image"),
+            (["--output", "panels"], "--output panels must end in ."),
             (["--output", "folder.png"], "--output folder.png is a folder"),
-            (["--chart", "panels.png"], "--chart panels.png is the file of --output too"),
-            (["--save_tensors", "numbers.npz"], "--save_tensors numbers.npz must end in one of .safetensors"),
+            (["--chart", "panels.png"], "--chart panels.png is also --output: name another file"),
+            (["--save_tensors", "numbers.npz"], "--save_tensors numbers.npz must end in .safetensors"),
         ],
     )
-    def test_what_is_wrong_is_one_line(self, flags, message, photo, folders, tmp_path, monkeypatch):
+    def test_what_is_wrong_is_one_line(self, words, message, photo, folders, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
+        shutil.copytree(folders["max"], "model")
         shutil.copytree(folders["max"], "damaged")
         Path("damaged/model.safetensors").write_bytes(b"no weights")
         tiny = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -240,13 +288,13 @@ class TestTheProgram:
         ViTImageProcessor().save_pretrained("vit")
         Path("broken.jpg").write_bytes(b"no image")
         Path("folder.png").mkdir()
-        defaults = {"--model_name_or_path": folders["max"], "--image": photo, "--output": "panels.png"}
-        given = [str(part) for flag, value in defaults.items() if flag not in flags for part in (flag, value)]
-        if "--output" in flags:
-            given[given.index("--image") + 1] = "photo.jpg"
+        words = words if not words[0].startswith("-") else ["model", "photo.jpg", *words]
+        words = words if "--output" in words else [*words, "--output", "panels.png"]
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            main([*given, *flags])
-        assert str(stopped.value).startswith("error: ")
-        assert message in stopped.value.code
-        assert "\n" not in stopped.value.code
+            main(["visualize", *words])
+        assert stopped.value.code == 1
+        *notes, line = capsys.readouterr().err.strip().splitlines()
+        assert all(note.startswith("note: ") for note in notes)
+        assert line.startswith("error: ") and message in line
         assert not Path("panels.png").exists()

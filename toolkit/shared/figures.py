@@ -1,0 +1,24 @@
+"""Write figures to files."""
+
+import os
+import warnings
+from typing import IO, TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def save_figure(figure: "Figure", file: str | os.PathLike | IO[bytes], dpi: int = 130) -> None:
+    """
+    Writes a figure.
+
+    Args:
+        figure (`matplotlib.figure.Figure`): the figure.
+        file (`str`, path or file object): where to write it. The ending of a path decides the format.
+        dpi (`int`, defaults to 130): pixels per inch.
+    """
+    with warnings.catch_warnings():
+        # Matplotlib's font lacks many scripts, whose letters become boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(file, dpi=dpi)
