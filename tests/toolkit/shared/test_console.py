@@ -1,34 +1,11 @@
-"""`examples/command_line.py`: errors of one line, folders that are written whole, and values of flags."""
+"""What commands share on the command line: values of flags, missing packages, and errors of one line."""
 
-import signal
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import EXAMPLES
 
-from hpool_vit.toolkit.shared.console import hub_id, one_line, parse_value, run
-from hpool_vit.toolkit.shared.files import check_output_dir, folder_written_whole
-
-
-WRITING = """\
-import signal, sys, time
-from hpool_vit.toolkit.shared.files import folder_written_whole
-
-# A shell that runs the tests in the background has its programs ignore Ctrl+C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-with folder_written_whole(sys.argv[1]) as folder:
-    (folder / "half").touch()
-    print("writing", flush=True)
-    time.sleep(60)
-"""
-
-
-def write(output_dir: Path):
-    with folder_written_whole(output_dir) as folder:
-        (folder / "weights").touch()
+from hpool_vit.toolkit.shared.console import hub_id, needs, one_line, parse_value, run
 
 
 def test_what_is_wrong_with_the_input_ends_a_program_with_one_line(capsys):
@@ -43,84 +20,22 @@ def test_what_is_wrong_with_the_input_ends_a_program_with_one_line(capsys):
     assert capsys.readouterr().out == "done\n"
 
 
+def test_a_missing_package_is_named_with_the_line_that_installs_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError) as missing, needs("export"):
+        import onnx  # noqa: F401
+    assert missing.value.name == "onnx"
+    assert str(missing.value) == 'The package onnx is missing: python -m pip install "hpool-vit[export]"'
+
+
+def test_a_package_that_is_there_but_broken_keeps_its_error():
+    with pytest.raises(ImportError, match="cannot import name"), needs("export"):
+        from json import no_such_name  # noqa: F401
+
+
 def test_a_line_holds_any_text():
     assert one_line("  a\tb\r\n\x00c\u2028d\udcff ") == "a b c d"
     assert one_line(7) == "7"
-
-
-class TestFolders:
-    def test_a_folder_appears_when_it_is_complete(self, tmp_path):
-        output_dir = tmp_path / "new" / "model"
-        with folder_written_whole(output_dir) as folder:
-            (folder / "weights").touch()
-            assert folder.name == "model" and not output_dir.exists()
-        assert [file.name for file in output_dir.iterdir()] == ["weights"]
-        assert list(output_dir.parent.iterdir()) == [output_dir]
-
-    def test_a_name_without_a_folder_is_in_the_current_one(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        write("model")
-        assert [file.name for file in (tmp_path / "model").iterdir()] == ["weights"]
-
-    def test_an_empty_folder_is_filled(self, tmp_path):
-        (tmp_path / "model").mkdir()
-        write(tmp_path / "model")
-        assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["model", "model/weights"]
-
-    @pytest.mark.parametrize("error", [OSError("No space left"), KeyboardInterrupt()], ids=["error", "Ctrl+C"])
-    def test_nothing_is_left_after_an_error(self, error, tmp_path):
-        with pytest.raises(type(error)), folder_written_whole(tmp_path / "model") as folder:
-            (folder / "half").touch()
-            raise error
-        assert not list(tmp_path.iterdir())
-
-    def test_an_empty_folder_stays_empty_after_an_error(self, tmp_path):
-        (tmp_path / "model").mkdir()
-        with pytest.raises(OSError), folder_written_whole(tmp_path / "model") as folder:
-            (folder / "half").touch()
-            raise OSError
-        assert list(tmp_path.rglob("*")) == [tmp_path / "model"]
-
-    def test_what_is_in_the_way_stays_as_it_is(self, tmp_path):
-        (tmp_path / "thesis").mkdir()
-        (tmp_path / "thesis" / "thesis.tex").write_text("x")
-        for taken in (tmp_path / "thesis", tmp_path / "thesis" / "thesis.tex"):
-            with pytest.raises(ValueError, match="exists and is not empty: choose another"):
-                check_output_dir(taken)
-            with pytest.raises(ValueError, match="exists and is not empty: choose another"):
-                write(taken)
-        assert sorted(tmp_path.rglob("*")) == [tmp_path / "thesis", tmp_path / "thesis" / "thesis.tex"]
-        assert (tmp_path / "thesis" / "thesis.tex").read_text() == "x"
-
-    @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
-    def test_nothing_is_left_by_a_program_that_is_ended(self, number, status, tmp_path):
-        command = [sys.executable, "-c", WRITING, tmp_path / "model"]
-        with subprocess.Popen(command, cwd=EXAMPLES, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            assert process.stdout.readline() == b"writing\n" and list(tmp_path.rglob("half"))
-            process.send_signal(number)
-            assert process.wait(30) == status
-        assert not list(tmp_path.iterdir())
-
-    def test_sigterm_does_afterwards_what_it_did_before(self, tmp_path):
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        with folder_written_whole(tmp_path / "model"):
-            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-    def test_a_program_that_handles_sigterm_itself_goes_on_doing_so(self, tmp_path):
-        received = []
-        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-        try:
-            with folder_written_whole(tmp_path / "model"):
-                signal.raise_signal(signal.SIGTERM)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        assert received == [signal.SIGTERM] and (tmp_path / "model").is_dir()
-
-    def test_a_thread_can_write_a_folder(self, tmp_path):
-        with ThreadPoolExecutor() as pool:
-            pool.submit(write, tmp_path / "model").result()
-        assert (tmp_path / "model" / "weights").is_file()
 
 
 def test_only_an_owner_and_a_name_that_are_no_folder_here_are_an_id_of_the_hub(tmp_path, monkeypatch):
