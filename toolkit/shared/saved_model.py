@@ -9,7 +9,9 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
-import hpool_vit  # noqa: F401  (its classes load without `trust_remote_code`)
+# Importing the package also lets its classes load without `trust_remote_code`.
+from hpool_vit.configuration_hpool_vit import POOL_MODES
+from hpool_vit.pooling_hpool_vit import POOLINGS
 
 from .console import hub_id, one_line
 
@@ -94,15 +96,15 @@ def _check_schedule(name: str, config: Any, overrides: dict[str, Any]) -> list[s
             raise SavedModelError(
                 f"`{flag}` is for HPool-ViTs, and {name} is a model of the type {config.model_type}."
             )
-    if "merge_ratio" in overrides and config.pool_mode != "merge":
+    if "merge_ratio" in overrides and "merge_ratio" not in POOLINGS[config.pool_mode].fields:
         raise SavedModelError(
             f"`merge_ratio` is for models that merge tokens, and {name} has the pool_mode {config.pool_mode!r}: "
             "leave it out."
         )
     if "hvt_pool" not in overrides:
         return []
-    # Merging has no weights of its own, so it works at any block.
-    if config.pool_mode == "merge" or (overrides["hvt_pool"] or []) in config.schedules:
+    # Without weights of its own, a stage works at any block.
+    if not POOL_MODES[config.pool_mode].has_positions or (overrides["hvt_pool"] or []) in config.schedules:
         return []
     return [
         f"note: {name} was not trained for hvt_pool={overrides['hvt_pool']}, only for "
