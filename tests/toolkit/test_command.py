@@ -123,7 +123,7 @@ def test_a_command_that_cannot_be_imported_says_what_to_install(capsys, monkeypa
     monkeypatch.setitem(sys.modules, "accelerate", None)
     for name in [name for name in sys.modules if name.startswith("hpool_vit.toolkit.inference")]:
         monkeypatch.delitem(sys.modules, name)
-    expected = 'error: The package accelerate is missing: python -m pip install "hpool-vit[train]"\n'
+    expected = 'error: The package accelerate is missing: python -m pip install "hpool-vit[predict]"\n'
     assert fail(capsys, "predict", "model", "photo.jpg") == expected
 
 

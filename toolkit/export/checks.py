@@ -29,7 +29,7 @@ def check_preprocessing(image_processor: Any, preprocessing: dict[str, Any], con
     Raises:
         ExportError: if predict_onnx.py would prepare an image differently.
     """
-    with needs("vision"):
+    with needs("export"):
         from torchvision.transforms.v2.functional import to_pil_image
 
     from .predict_onnx import preprocess

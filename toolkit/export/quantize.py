@@ -28,11 +28,9 @@ with needs("export"):
         quantize_static,
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
     from .predict_onnx import open_image, predict, preprocess
-
-with needs("vision"):
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 
 def find_images(directory: Path, limit: int) -> list[Path]:

@@ -19,7 +19,7 @@ from .inputs import read_image
 from .outputs import Prediction
 
 
-with needs("train"):
+with needs("predict"):
     from accelerate import PartialState
     from accelerate.utils import gather_object
 

@@ -89,7 +89,7 @@ def figure(prediction: Prediction) -> str:
 
 
 def draw_sheet(predictions: list[Prediction], title: str) -> Image.Image:
-    with needs("train"):
+    with needs("predict"):
         from matplotlib import font_manager  # for its font
     columns = min(MAX_COLUMNS, max(4, math.ceil(math.sqrt(len(predictions)))))
     rows = max(1, math.ceil(len(predictions) / columns))

@@ -14,7 +14,7 @@ from ..shared.console import needs
 from ..shared.images import BadImageError, decode_image
 
 
-with needs("train"):
+with needs("predict"):
     import requests
     import urllib3
 

@@ -9,11 +9,14 @@ import torch
 import typer
 from transformers import pipeline
 
-from ..shared.console import NotStartedError, one_line, parse_value
+from ..shared.console import NotStartedError, needs, one_line, parse_value
 from ..shared.saved_model import load_saved_classifier
-from .classify import Predictions
-from .processes import choose_device, find_files
-from .writing import check_not_overwritten, check_targets, choose_format, write_predictions
+
+
+with needs("predict"):
+    from .classify import Predictions
+    from .processes import choose_device, find_files
+    from .writing import check_not_overwritten, check_targets, choose_format, write_predictions
 
 
 def predict(

@@ -9,7 +9,7 @@ from ..shared.console import needs
 from .inputs import list_inputs
 
 
-with needs("train"):
+with needs("predict"):
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
