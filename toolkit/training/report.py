@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import hpool_vit
 
 from ..hub.card import write_model_card
 from ..shared.console import needs, one_line
+from ..shared.figures import save_figure
 from ..shared.measuring import resident_bytes
 from .arguments import full_record
 from .evaluation import check_scores, load_metric
@@ -204,7 +204,7 @@ def draw_confusion_matrix(matrix: np.ndarray, label_names: list[str], path: Path
             color = "white" if share[row, column] > 0.35 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=color)
     # At the finer resolution, each of 1,000 × 1,000 cells has two pixels.
-    _save(figure, path, dpi=130 if num_labels <= MAX_CLASSES_COARSE else 260)
+    save_figure(figure, path, dpi=130 if num_labels <= MAX_CLASSES_COARSE else 260)
 
 
 def draw_curves(log_history: list[dict[str, Any]], path: Path) -> Path | None:
@@ -245,7 +245,7 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> Path | None:
         if title != "learning rate":
             axes.legend(fontsize=8)
     axes.set_xlabel("epoch")
-    _save(figure, path)
+    save_figure(figure, path)
     return Path(path)
 
 
@@ -305,13 +305,6 @@ def _most_confused(matrix: np.ndarray, names: pd.Series) -> list[dict[str, Any]]
 
 def _shorten(name: str, length: int = 20) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def _save(figure: Figure, path: Path, dpi: int = 130):
-    with warnings.catch_warnings():
-        # Matplotlib's font lacks many scripts, whose letters become boxes.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(path, dpi=dpi)
 
 
 def _cpu_model() -> str:
