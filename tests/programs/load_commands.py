@@ -9,7 +9,7 @@ import sys
 
 sys.modules.update(dict.fromkeys(sys.argv[1:]))
 
-from hpool_vit.toolkit.command import COMMANDS, load_command  # noqa: E402
+from hpool_vit.toolkit.command import COMMANDS, load_command  # noqa: E402 - after the packages are hidden
 
 
 def error_of(command: str) -> str | None:

@@ -88,7 +88,7 @@ def test_the_site_loads_nothing_from_elsewhere(site):
 def test_links_out_of_the_documentation_lead_to_pages_that_show_the_file(site):
     training = (site / "training.html").read_text()
     for link, name, shown in (
-        ("source/examples/run_image_classification.py.html", "run_image_classification.py", "RecipeTrainer"),
+        ("source/examples/run_image_classification.py.html", "run_image_classification.py", "TrainingArguments"),
         ("source/examples/accelerate.html", "one_gpu.yaml", "mixed_precision"),
     ):
         assert f'href="{link}"' in training

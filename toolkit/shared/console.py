@@ -28,13 +28,15 @@ def needs(extra: str) -> Iterator[None]:
         extra: the extra of `hpool-vit` that installs the packages.
 
     Raises:
-        ImportError: if a package is missing.
+        ModuleNotFoundError: if a package is missing.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        message = f'The package {error.name} is missing: python -m pip install "hpool-vit[{extra}]"'
-        raise ImportError(message, name=error.name) from error
+        package = (error.name or "").partition(".")[0]
+        message = f'The package {package} is missing: python -m pip install "hpool-vit[{extra}]"'
+        # Caught again where one `needs` runs inside another, so that the error names the extra of the whole command.
+        raise ModuleNotFoundError(message, name=package) from error
 
 
 def quiet() -> None:
