@@ -1,8 +1,15 @@
 """Image processors of HPool-ViT: the same preparation on torchvision and on Pillow."""
 
+import base64
+import binascii
+import io
+import os
+import warnings
 from typing import Any, Self
 
 import torch
+from huggingface_hub.utils import get_session
+from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
@@ -19,11 +26,28 @@ from transformers.image_utils import (
 from .configuration_hpool_vit import HPoolViTConfig
 
 
+# Resizing the short side of a longer image would make an image of unbounded size: 2 × 40,000 pixels become 5 million
+# columns of 256 pixels.
+MAX_ASPECT_RATIO = 64
+
+# What white may be in an array of a type: the smallest that no value exceeds. None: any other type of integers.
+SCALES = {
+    torch.uint16: (65535,),
+    torch.uint32: (255, 65535, 2**32 - 1),
+    torch.float16: (1, 255),
+    torch.bfloat16: (1, 255),
+    torch.float32: (1, 255),
+    torch.float64: (1, 255),
+    None: (255, 65535),
+}
+
+
 class HPoolViTImageProcessing(BaseImageProcessor):
     """
     What both image processors share: RGB, short side to 256 pixels (bicubic), centre crop of 224 × 224, rescale to
-    [0, 1], ImageNet mean and standard deviation. Takes images as Pillow images, files, NumPy arrays and tensors, of
-    8 or 16 bits, greyscale, palette, RGB or RGBA (transparency on white), also mixed in one batch.
+    [0, 1], ImageNet mean and standard deviation. Takes files (paths, URLs, base64), Pillow images, NumPy arrays and
+    tensors, of 8, 16 or 32 bits or floating point, greyscale, palette, RGB or RGBA (transparency on white), also mixed
+    in one batch. Files are turned upright as their EXIF data says; Pillow images are taken as they are.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -78,17 +102,28 @@ class HPoolViTImageProcessing(BaseImageProcessor):
             images = [add_channel_axis(image) for image in images]
         return super()._prepare_images_structure(add_channel_axis(images), expected_ndims=expected_ndims)
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        # Transformers' own decoders drop transparency, and clip 16 bits to white.
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, str | os.PathLike):
+            return open_image(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
     def process_image(
         self,
         image: ImageInput,
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
+        do_rescale: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         if do_convert_rgb:
-            image = to_rgb(image, input_data_format)
+            image = to_rgb(image, input_data_format, scale_floats=bool(do_rescale))
             input_data_format = ChannelDimension.FIRST
-        return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
+        image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
+        check_aspect_ratio(*image.shape[-2:])
+        return image
 
 
 class HPoolViTImageProcessor(HPoolViTImageProcessing, TorchvisionBackend):  # type: ignore[misc]  # `device` in kwargs
@@ -103,16 +138,114 @@ def add_channel_axis(image: Any) -> Any:
     return image[None] if getattr(image, "ndim", 3) == 2 else image
 
 
-def to_rgb(image: Any, input_data_format: str | ChannelDimension | None = None) -> torch.Tensor:
+def open_image(source: str | os.PathLike[str]) -> Image.Image:
     """
-    The image as a tensor of shape (3, height, width): greyscale repeated, transparency on white, 16 bits as 8 (which
-    Pillow's own conversion would clip to white).
+    The upright RGB image in a file, at a URL, or in a base64 text (with or without `data:image/…;base64,` before it).
 
     Raises:
-        ValueError: for an array whose number of channels is not 1, 3 or 4.
+        ValueError: if there is no such file, or it does not hold one usable image; see [`decode_image`].
     """
+    name = os.fspath(source)
+    shown = name if len(name) <= 200 else f"{name[:200]}…"
+    try:
+        return decode_image(read_bytes(name))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"The image {shown!r} cannot be used: {error}") from error
+
+
+def read_bytes(name: str) -> bytes:
+    """The content of a file, of a URL, or of a base64 text."""
+    if name.startswith(("http://", "https://")):
+        response = get_session().get(name, follow_redirects=True)
+        response.raise_for_status()
+        return response.content
+    if os.path.isfile(name):
+        with open(name, "rb") as file:
+            return file.read()
+    try:
+        return base64.b64decode("".join(name.partition("base64,")[2 * ("base64," in name)].split()), validate=True)
+    except binascii.Error:
+        raise ValueError("there is no such file, and it is neither a URL nor base64") from None
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """
+    Decodes an image file to 8-bit RGB: upright according to its EXIF data, transparency on white, more bits and
+    floating point scaled as [`to_rgb`] says.
+
+    Raises:
+        ValueError: if the image is unreadable, truncated or animated, has a side of 1 pixel, is longer than
+            `MAX_ASPECT_RATIO` times its short side, has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or values whose
+            scale is unknown. The header tells most of it, so a large image takes no memory.
+    """
+    # Pillow's decoders raise all kinds of errors for a broken file, from OSError to struct.error.
+    try:
+        with warnings.catch_warnings():
+            # Checked below: threads that decode side by side undo each other's filters.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(data))
+        num_frames = getattr(image, "n_frames", 1)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("unreadable: not an image that Pillow knows") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"too large: {error}") from error
+    except Exception as error:
+        raise ValueError(_why_unreadable(error)) from error
+    check_decodable(image, num_frames)
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+    except Exception as error:
+        raise ValueError(_why_unreadable(error)) from error
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    return Image.fromarray(to_rgb(image).movedim(0, -1).contiguous().numpy())
+
+
+def check_decodable(image: Image.Image, num_frames: int) -> None:
+    """Raises a `ValueError` for an opened image that must not be decoded; only its header has been read."""
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"too large: {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+    # Many cameras write photos as MPO files, whose second image is a preview or a depth map.
+    if num_frames > 1 and image.format != "MPO":
+        raise ValueError(f"animated: {num_frames} frames")
+    if min(image.size) <= 1:
+        raise ValueError(f"too small: {image.width} × {image.height} pixels")
+    check_aspect_ratio(image.height, image.width)
+
+
+def check_aspect_ratio(height: int, width: int) -> None:
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"too long: {width} × {height} pixels, and one side may be at most {MAX_ASPECT_RATIO} times the other"
+        )
+
+
+def _why_unreadable(error: Exception) -> str:
+    reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
+    return f"{reason}: {str(error) or type(error).__name__}"
+
+
+def to_rgb(
+    image: Any, input_data_format: str | ChannelDimension | None = None, scale_floats: bool = True
+) -> torch.Tensor:
+    """
+    The image as a `uint8` tensor of shape (3, height, width): greyscale repeated, transparency on white. 16 bits, 32
+    bits and floating point in [0, 1] are scaled to 8 bits.
+
+    Args:
+        image: a Pillow image, a NumPy array or a tensor.
+        input_data_format: where the channels of an array are; by default it is inferred.
+        scale_floats: whether floating point is scaled too. If not, it stays as it is.
+
+    Raises:
+        ValueError: for an array whose number of channels is not 1, 3 or 4, or values whose scale is unknown.
+    """
+    kind = None
     if is_pil_image(image):
-        if not image.mode.startswith("I"):
+        kind = f"mode {image.mode!r}"
+        # Pillow's own conversion would clip these.
+        if not image.mode.startswith(("I", "F")):
             has_alpha = "A" in image.getbands() or "transparency" in image.info
             image = image.convert("RGBA" if has_alpha else "RGB")
         input_data_format = ChannelDimension.LAST
@@ -126,17 +259,40 @@ def to_rgb(image: Any, input_data_format: str | ChannelDimension | None = None) 
         input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
     if input_data_format == ChannelDimension.LAST:
         image = image.movedim(-1, 0)
-    if image.dtype == torch.bool:
-        image = image.to(torch.uint8) * 255
-    elif not image.is_floating_point() and image.dtype != torch.uint8:
-        is_16_bit = image.dtype == torch.uint16 or image.max() > 255
-        image = (image.float() / (257 if is_16_bit else 1)).round().to(torch.uint8)
+    if scale_floats or not image.is_floating_point():
+        image = to_8_bits(image, kind or f"type {image.dtype}")
     if image.shape[0] == 4:
-        white = 1.0 if image.is_floating_point() and image.max() <= 1 else 255.0
-        color, alpha = image[:3].float(), image[3:].float() / white
-        color = color * alpha + white * (1 - alpha)
-        image = (color if white == 1.0 else color.round()).to(image.dtype)
+        image = on_white(image)
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image
+
+
+def to_8_bits(image: torch.Tensor, kind: str) -> torch.Tensor:
+    """Values of a known scale as `uint8`; `kind` names their type in the error for others."""
+    if image.dtype == torch.uint8:
+        return image
+    if image.dtype == torch.bool:
+        return image.to(torch.uint8) * 255
+    # In a type that holds them all, and that PyTorch can compare.
+    image_values = image if image.is_floating_point() else image.to(torch.int64)
+    low, high = (value.item() for value in image_values.aminmax())
+    for white in SCALES.get(image.dtype, SCALES[None]):
+        if 0 <= low <= high <= white:
+            return (image_values.double() * (255 / white)).round().to(torch.uint8)
+    raise ValueError(
+        f"values from {low:g} to {high:g} in {kind}, whose scale is unknown: scale them to 8 bits (0 to 255), or pass "
+        "`do_rescale=False` for floating point that is prepared already"
+    )
+
+
+def on_white(image: torch.Tensor) -> torch.Tensor:
+    """RGBA of shape (4, height, width) as RGB on a white ground, a few rows at a time to save memory."""
+    white = 1.0 if image.is_floating_point() and image.max() <= 1 else 255.0
+    parts = []
+    for rows in image.split(max(2**22 // image.shape[2], 1), dim=1):
+        color, alpha = rows[:3].float(), rows[3:].float() / white
+        color = color * alpha + white * (1 - alpha)
+        parts.append((color if image.is_floating_point() else color.round()).to(image.dtype))
+    return torch.cat(parts, dim=1)
 
 
 HPoolViTImageProcessor.register_for_auto_class()

@@ -3,20 +3,15 @@
 import io
 import json
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from hpool_vit.image_processing_hpool_vit import to_rgb
+from hpool_vit import image_processing_hpool_vit
 
 from .console import needs
-
-
-with needs("vision"):
-    from torchvision.transforms.v2.functional import to_pil_image
 
 
 # Files in these modes can look different in RGB, so the report lists them.
@@ -73,49 +68,20 @@ def open_path(path: str) -> BinaryIO:
 
 def decode_image(data: bytes) -> tuple[Image.Image, str | None]:
     """
-    Decodes an image to RGB: upright according to its EXIF data, transparency on white, 16 bits as 8.
+    Decodes an image to RGB as the image processor does.
 
     Returns:
         The image, and a note if it was CMYK or had a palette.
 
     Raises:
-        BadImageError: if the image is unreadable, truncated or animated, has a side of 1 pixel, or has more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS`. The header tells, so an enormous image takes no memory.
+        BadImageError: with the reason, if `image_processing_hpool_vit.decode_image` refuses the image.
     """
-    # Pillow's decoders raise all kinds of errors for a broken file, from OSError to struct.error.
     try:
-        with warnings.catch_warnings():
-            # Checked below: threads that decode side by side undo each other's filters.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        num_frames = getattr(image, "n_frames", 1)
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError("unreadable: not an image that Pillow knows") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadImageError(f"too large: {error}") from error
-    except Exception as error:
-        raise BadImageError(describe(error)) from error
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise BadImageError(f"too large: {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
-    # Many cameras write photos as MPO files, whose second image is a preview or a depth map.
-    if num_frames > 1 and image.format != "MPO":
-        raise BadImageError(f"animated: {num_frames} frames")
-    if min(image.size) <= 1:
-        raise BadImageError(f"too small: {image.width} × {image.height} pixels")
-    note = REPORTED_MODES.get(image.mode)
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode != "RGB" or "transparency" in image.info:
-            image = to_pil_image(to_rgb(image))
-        image.load()
-    except Exception as error:
-        raise BadImageError(describe(error)) from error
+        image = image_processing_hpool_vit.decode_image(data)
+    except ValueError as error:
+        raise BadImageError(str(error)) from error
+    note = REPORTED_MODES.get(Image.open(io.BytesIO(data)).mode)
     return image, note and f"{note} to RGB"
-
-
-def describe(error: Exception) -> str:
-    reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
-    return f"{reason}: {str(error) or type(error).__name__}"
 
 
 class BadImages:
