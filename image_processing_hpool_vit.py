@@ -2,10 +2,11 @@
 
 import base64
 import binascii
-import io
-import os
 import warnings
-from typing import Any, Self
+from io import BytesIO
+from os import PathLike
+from os.path import isfile
+from typing import Any, BinaryIO, Self
 
 import torch
 from huggingface_hub.utils import get_session
@@ -106,7 +107,7 @@ class HPoolViTImageProcessing(BaseImageProcessor):
         # Transformers' own decoders drop transparency, and clip 16 bits to white.
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, str | os.PathLike):
+        if isinstance(image_url_or_urls, str | PathLike):
             return open_image(image_url_or_urls)
         return super().fetch_images(image_url_or_urls)
 
@@ -138,37 +139,34 @@ def add_channel_axis(image: Any) -> Any:
     return image[None] if getattr(image, "ndim", 3) == 2 else image
 
 
-def open_image(source: str | os.PathLike[str]) -> Image.Image:
+def open_image(source: str | PathLike[str]) -> Image.Image:
     """
     The upright RGB image in a file, at a URL, or in a base64 text (with or without `data:image/…;base64,` before it).
 
     Raises:
         ValueError: if there is no such file, or it does not hold one usable image; see [`decode_image`].
     """
-    name = os.fspath(source)
+    name = str(source)
     shown = name if len(name) <= 200 else f"{name[:200]}…"
     try:
-        return decode_image(read_bytes(name))
+        return decode_image(name if isfile(name) else BytesIO(fetch_bytes(name)))
     except (ValueError, OSError) as error:
         raise ValueError(f"The image {shown!r} cannot be used: {error}") from error
 
 
-def read_bytes(name: str) -> bytes:
-    """The content of a file, of a URL, or of a base64 text."""
+def fetch_bytes(name: str) -> bytes:
+    """What a URL or a base64 text holds."""
     if name.startswith(("http://", "https://")):
         response = get_session().get(name, follow_redirects=True)
         response.raise_for_status()
         return response.content
-    if os.path.isfile(name):
-        with open(name, "rb") as file:
-            return file.read()
     try:
-        return base64.b64decode("".join(name.partition("base64,")[2 * ("base64," in name)].split()), validate=True)
-    except binascii.Error:
+        return base64.b64decode("".join(name.rpartition("base64,")[2].split()), validate=True)
+    except (binascii.Error, ValueError):
         raise ValueError("there is no such file, and it is neither a URL nor base64") from None
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(file: str | BinaryIO) -> Image.Image:
     """
     Decodes an image file to 8-bit RGB: upright according to its EXIF data, transparency on white, more bits and
     floating point scaled as [`to_rgb`] says.
@@ -183,29 +181,31 @@ def decode_image(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             # Checked below: threads that decode side by side undo each other's filters.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data))
-        num_frames = getattr(image, "n_frames", 1)
+            image: Image.Image = Image.open(file)
     except Image.UnidentifiedImageError as error:
         raise ValueError("unreadable: not an image that Pillow knows") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"too large: {error}") from error
     except Exception as error:
         raise ValueError(_why_unreadable(error)) from error
-    check_decodable(image, num_frames)
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-        image.load()
-    except Exception as error:
-        raise ValueError(_why_unreadable(error)) from error
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    return Image.fromarray(to_rgb(image).movedim(0, -1).contiguous().numpy())
+    with image:
+        check_header(image)
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+            image.getpixel((0, 0))  # decodes it
+        except Exception as error:
+            raise ValueError(_why_unreadable(error)) from error
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return image
+        return Image.fromarray(to_rgb(image).movedim(0, -1).contiguous().numpy())
 
 
-def check_decodable(image: Image.Image, num_frames: int) -> None:
-    """Raises a `ValueError` for an opened image that must not be decoded; only its header has been read."""
+def check_header(image: Image.Image) -> None:
+    """Raises a `ValueError` for an opened image that must not be decoded."""
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"too large: {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+    try:
+        num_frames = getattr(image, "n_frames", 1)
+    except Exception as error:
+        raise ValueError(_why_unreadable(error)) from error
     # Many cameras write photos as MPO files, whose second image is a preview or a depth map.
     if num_frames > 1 and image.format != "MPO":
         raise ValueError(f"animated: {num_frames} frames")
@@ -222,6 +222,8 @@ def check_aspect_ratio(height: int, width: int) -> None:
 
 
 def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        return f"too large: {error}"
     reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
     return f"{reason}: {str(error) or type(error).__name__}"
 

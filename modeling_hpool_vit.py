@@ -1,7 +1,6 @@
 """HPool-ViT: a Vision Transformer that pools its token sequence between blocks (arXiv 2103.10619)."""
 
 import math
-import re
 from collections import OrderedDict
 from os import PathLike
 from typing import Any, Unpack
@@ -294,8 +293,8 @@ class HPoolViTResidualLayer(HPoolViTLayer):
 LAYERS = {"pre": HPoolViTPreNormLayer, "post": HPoolViTPostNormLayer, "residual": HPoolViTResidualLayer}
 
 
-# Names of weights in version 0.1, as patterns, and their names now.
-EARLIER_NAMES = {r"pooled_layernorm\.": "layernorm."}
+# Names of modules in version 0.1, and their names now.
+EARLIER_NAMES = {"pooled_layernorm": "layernorm"}
 
 
 class HPoolViTPreTrainedModel(PreTrainedModel):
@@ -418,9 +417,9 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
 def rename_earlier_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
     """Lets `load_state_dict` take weights that an earlier version saved, as `from_pretrained` does."""
-    for pattern, name in EARLIER_NAMES.items():
-        for key in [key for key in state_dict if re.match(re.escape(prefix) + pattern, key)]:
-            state_dict[re.sub(pattern, name, key)] = state_dict.pop(key)
+    for earlier, name in EARLIER_NAMES.items():
+        for key in [key for key in state_dict if key.startswith(f"{prefix}{earlier}.")]:
+            state_dict[prefix + name + key.removeprefix(prefix + earlier)] = state_dict.pop(key)
 
 
 @auto_docstring(

@@ -1,3 +1,4 @@
+import base64
 import io
 
 import numpy as np
@@ -144,3 +145,119 @@ def test_a_model_of_other_than_rgb_images_needs_a_decision(cls):
     processor = cls.for_config(config, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     grey = np.zeros((40, 40), dtype=np.uint8)
     assert processor(grey, return_tensors="pt").pixel_values.shape == (1, 1, 32, 32)
+
+
+def saved_variants(photo: Image.Image, folder) -> dict:
+    """Files of all modes, and the Pillow image that each holds."""
+    grey = np.asarray(photo.convert("L"))
+    clear = photo.convert("RGBA")
+    clear.putalpha(Image.fromarray(grey))
+    images = {
+        "rgb.png": photo,
+        "rgb.jpg": photo,
+        "grey.png": photo.convert("L"),
+        "bitmap.png": photo.convert("1"),
+        "transparent.png": clear,
+        "transparent_grey.png": clear.convert("LA"),
+        "palette.png": photo.convert("P", palette=Image.Palette.ADAPTIVE),
+        "print.jpg": photo.convert("CMYK"),
+        "deep.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "deep.tif": Image.fromarray(grey.astype(np.uint16) * 257),
+        "integers.tif": Image.fromarray(grey.astype(np.int32) * 257),
+        "unit_floats.tif": Image.fromarray(grey.astype(np.float32) / 255),
+        "floats.tif": Image.fromarray(grey.astype(np.float32)),
+    }
+    for name, image in images.items():
+        image.save(folder / name)
+    return {name: folder / name for name in images}
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_a_file_a_path_base64_and_the_opened_image_give_the_same_pixels(cls, photo, tmp_path):
+    processor = cls()
+    grey = processor(photo.convert("L"), return_tensors="pt").pixel_values
+    for name, path in saved_variants(photo, tmp_path).items():
+        pixels = processor(str(path), return_tensors="pt").pixel_values
+        text = base64.b64encode(path.read_bytes()).decode()
+        for same in (path, text, f"data:image/png;base64,{text}", Image.open(path)):
+            assert torch.equal(processor(same, return_tensors="pt").pixel_values, pixels), name
+        if name.startswith(("grey", "deep", "integers", "unit", "floats")):
+            assert torch.equal(pixels, grey), name
+    batch = processor([str(tmp_path / "deep.tif"), Image.open(tmp_path / "rgb.png")], return_tensors="pt").pixel_values
+    assert torch.equal(batch[:1], grey)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_a_file_is_turned_upright_and_an_opened_image_is_taken_as_it_is(cls, photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    path = tmp_path / "turned.png"
+    photo.rotate(90, expand=True).save(path, exif=exif)
+    processor = cls()
+    upright = processor(photo, return_tensors="pt").pixel_values
+    assert torch.equal(processor(str(path), return_tensors="pt").pixel_values, upright)
+    assert not torch.equal(processor(Image.open(path), return_tensors="pt").pixel_values, upright)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((40, 40), -1000, np.int16), "from -1000 to -1000 in type torch.int16"),
+        (np.full((40, 40), 70_000, np.int32), "from 70000 to 70000 in type torch.int32"),
+        (np.full((40, 40), 1e6, np.float32), r"from 1e\+06 to 1e\+06 in type torch.float32"),
+        (np.full((40, 40, 3), -0.5, np.float64), "from -0.5 to -0.5 in type torch.float64"),
+        (np.full((40, 40), np.nan, np.float32), "from nan to nan"),
+        (Image.fromarray(np.full((40, 40), 300.0, np.float32)), "from 300 to 300 in mode 'F'"),
+        (Image.fromarray(np.full((40, 40), -7, np.int32)), "from -7 to -7 in mode 'I'"),
+    ],
+    ids=str,
+)
+def test_values_of_an_unknown_scale_are_refused_with_their_range(cls, pixels, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        cls()(pixels)
+    if isinstance(pixels, Image.Image):
+        pixels.save(tmp_path / "odd.tif")
+        with pytest.raises(ValueError, match=f"odd.tif' cannot be used: .*{message}"):
+            cls()(str(tmp_path / "odd.tif"))
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int64, np.float16, np.float32, np.float64])
+def test_white_is_white_in_every_type(cls, dtype):
+    white = {np.uint8: 255, np.uint16: 65535, np.uint32: 2**32 - 1, np.int64: 65535}.get(dtype, 1.0)
+    pixels = np.full((60, 40), white, dtype)
+    pixels[:30] = 0
+    expected = cls()(np.where(pixels > 0, 255, 0).astype(np.uint8), return_tensors="pt").pixel_values
+    assert torch.equal(cls()(pixels, return_tensors="pt").pixel_values, expected)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_floating_point_that_is_prepared_stays_as_it_is(cls):
+    pixels = torch.randn(3, 40, 40)
+    options = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
+    assert torch.equal(cls()(pixels, return_tensors="pt", **options).pixel_values[0], pixels)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+@pytest.mark.parametrize("size", [(2, 40_000), (40_000, 2), (10, 650)])
+def test_an_image_that_resizing_would_blow_up_is_refused(cls, size, tmp_path):
+    image = Image.new("RGB", size)
+    image.save(tmp_path / "long.png")
+    for source in (image, np.asarray(image), str(tmp_path / "long.png")):
+        with pytest.raises(ValueError, match=f"{size[0]} × {size[1]} pixels, and one side may be at most 64 times"):
+            cls()(source)
+    assert cls()(Image.new("RGB", (10, 640)), return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "there is no such file"), (b"text", "unreadable: not an image"), (b"", "unreadable: not an image")],
+)
+def test_a_file_that_is_not_an_image_is_refused_by_name(cls, content, reason, tmp_path):
+    path = tmp_path / "no image.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"no image.png' cannot be used: {reason}"):
+        cls()(str(path))

@@ -173,7 +173,7 @@ def test_the_installed_command_converts_draws_classifies_exports_and_trains_outs
     hpool_vit_command("export", "model", "--output_dir", "exported")
     assert list((desk / "exported").glob("*.onnx")) and (desk / "exported" / "predict_onnx.py").is_file()
 
-    flags = ["--train_dir", "photos", "--validation_split", "0.25", "--model_name_or_path", "model"]
+    flags = ["--train_dir", "photos", "--validation_share", "0.25", "--model_name_or_path", "model"]
     flags += ["--output_dir", "trained", "--max_steps", "1", "--per_device_train_batch_size", "2", "--use_cpu"]
     hpool_vit_command("train", *flags, "--report_to", "none")
     assert (desk / "trained" / "model.safetensors").is_file()

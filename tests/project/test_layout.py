@@ -14,7 +14,7 @@ CORE = sorted([*CODE, "__init__.py"])
 MODULES = sorted(path for path in TOOLKIT.rglob("*.py") if (path.parent / "__init__.py").is_file())
 TOPICS = sorted(path.parent for path in TOOLKIT.glob("*/__init__.py"))
 # Besides the standard library.
-CORE_PACKAGES = {"torch", "transformers", "huggingface_hub"}
+CORE_PACKAGES = {"torch", "transformers", "huggingface_hub", "PIL"}
 MOST_MODULES = 10
 
 

@@ -13,9 +13,10 @@ from helpers import CODE, EXAMPLES, TESTS, TOOLKIT, run_python
 ROOT = TESTS.parent
 SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 
-# Of `os` only a type. The code of saved folders may import nothing else, and relatively each other.
-ALLOWED_IMPORTS = {"collections", "copy", "dataclasses", "functools", "itertools", "math", "os.PathLike", "typing"}
-ALLOWED_IMPORTS |= {"huggingface_hub", "torch", "transformers"}
+# The code of saved folders may import nothing else, and relatively each other.
+ALLOWED_IMPORTS = {"base64", "binascii", "collections", "copy", "dataclasses", "functools", "io.BytesIO", "math"}
+ALLOWED_IMPORTS |= {"os.PathLike", "os.path.isfile", "typing", "warnings"}
+ALLOWED_IMPORTS |= {"PIL.Image", "PIL.ImageOps", "huggingface_hub", "torch", "transformers"}
 FORBIDDEN_NAMES = {"__builtins__", "__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open"}
 # Methods and functions of modules by which allowed packages could run code, read pickles, or reach files and network.
 FORBIDDEN_ATTRIBUTES = {"cpp_extension", "hf_hub_download", "hub", "import_module", "load", "load_library", "popen"}

@@ -77,7 +77,7 @@ def decode_image(data: bytes) -> tuple[Image.Image, str | None]:
         BadImageError: with the reason, if `image_processing_hpool_vit.decode_image` refuses the image.
     """
     try:
-        image = image_processing_hpool_vit.decode_image(data)
+        image = image_processing_hpool_vit.decode_image(io.BytesIO(data))
     except ValueError as error:
         raise BadImageError(str(error)) from error
     note = REPORTED_MODES.get(Image.open(io.BytesIO(data)).mode)
