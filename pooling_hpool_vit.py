@@ -58,9 +58,11 @@ class HPoolViTStage(nn.Module):
 
     Attributes:
         fields (`tuple[str, ...]`): the fields of the configuration that only this mode reads.
+        partitions (`bool`): whether each token goes into exactly one token of the next stage.
     """
 
     fields: tuple[str, ...] = ()
+    partitions = False
 
     def __init__(self, config: HPoolViTConfig, block: int):
         super().__init__()
@@ -69,6 +71,11 @@ class HPoolViTStage(nn.Module):
 
     def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
         raise NotImplementedError
+
+    @staticmethod
+    def macs(config: HPoolViTConfig, before: int, after: int) -> int:
+        """Multiply-accumulates of the products that turn `before` patch tokens of one image into `after`."""
+        return 0
 
     def on_patch_tokens(self, tokens: Tokens, function: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
         """Applies `function` to the patch tokens of each stream; a class token stays in front of them."""
@@ -128,6 +135,15 @@ class HPoolViTMerging(HPoolViTStage):
     """
 
     fields = ("merge_ratio", "proportional_attention")
+    partitions = True
+
+    @staticmethod
+    def macs(config: HPoolViTConfig, before: int, after: int) -> int:
+        if after == before:
+            return 0
+        num_streams = 2 if config.ln_order == "residual" else 1
+        # The distances of sources and targets, and the means.
+        return config.hidden_size * ((before // 2) * (before - before // 2) + num_streams * before * after)
 
     def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
         groups = self.groups(tokens)

@@ -107,6 +107,4 @@ def check_labels(num_labels: int, overrides: dict):
         raise ConversionError(f"`num_labels={num_labels}` must be at least 0.")
     num_names = len(overrides.get("id2label") or range(num_labels))
     if num_names != num_labels:
-        raise ConversionError(
-            f"There are {num_labels} classes and {num_names} class names: pass one name per class."
-        )
+        raise ConversionError(f"There are {num_labels} classes and {num_names} class names: pass one name per class.")

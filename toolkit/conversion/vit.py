@@ -23,12 +23,15 @@ from .positions import STAGE_POSITIONS, Positions, split_positions, start_stages
 from .sources import Source, read_source
 
 
-# The pooling of a source with 12 blocks if you ask for none. The blocks are scaled to other depths.
-POOLING_DEFAULTS = {"hvt_pool": [1, 5, 9]}
-MERGE_DEFAULTS = {
-    "hvt_pool": [3, 5, 7, 9],
-    "merge_ratio": [37 / 196, 37 / 159, 37 / 122, 37 / 85],
-    "proportional_attention": True,
+# By pooling mode, the fields of a source with 12 blocks if you do not set them. The blocks are scaled to other depths.
+POOLING_DEFAULTS: dict[str, dict[str, Any]] = {
+    "max": {"hvt_pool": [1, 5, 9]},
+    "avg": {"hvt_pool": [1, 5, 9]},
+    "merge": {
+        "hvt_pool": [3, 5, 7, 9],
+        "merge_ratio": [37 / 196, 37 / 159, 37 / 122, 37 / 85],
+        "proportional_attention": True,
+    },
 }
 
 POSITIONS = "hpool_vit.embeddings.position_embeddings"
@@ -136,12 +139,11 @@ def choose_labels(source: Source, overrides: dict[str, Any]) -> dict[str, Any]:
 
 def choose_pooling(num_hidden_layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
     """The defaults of the chosen pooling, with the blocks scaled to the depth."""
-    merges = overrides.get("pool_mode") == "merge"
-    defaults = dict(MERGE_DEFAULTS if merges else POOLING_DEFAULTS)
+    defaults = dict(POOLING_DEFAULTS.get(overrides.get("pool_mode", "max"), POOLING_DEFAULTS["max"]))
     scaled = {math.ceil(block * num_hidden_layers / 12) for block in defaults["hvt_pool"]}
     defaults["hvt_pool"] = sorted(block for block in scaled if block < num_hidden_layers)
     num_stages = len(overrides.get("hvt_pool", defaults["hvt_pool"]) or [])
-    if merges and isinstance(defaults["merge_ratio"], list) and num_stages != len(defaults["merge_ratio"]):
+    if num_stages != len(defaults.get("merge_ratio", range(num_stages))):
         defaults["merge_ratio"] = statistics.mean(defaults["merge_ratio"])
     return defaults
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
+from hpool_vit.configuration_hpool_vit import POOL_MODES
 
 from ..inspection.figure import draw
 from ..inspection.stats import model_stats
@@ -137,7 +138,7 @@ def usable_schedules(model: HPoolViTForImageClassification) -> list[list[int]]:
     schedule; the page offers the model's own one, and that without its first merge, its first two, and so on.
     """
     config, blocks = model.config, list(model.config.hvt_pool or [])
-    if config.pool_mode != "merge" or config.hvt_pool_choices:
+    if POOL_MODES[config.pool_mode].has_positions or config.hvt_pool_choices:
         return config.schedules
     if isinstance(config.merge_ratio, list):  # one ratio per block fits no other number of blocks
         return [blocks, []] if blocks else [[]]

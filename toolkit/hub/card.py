@@ -25,7 +25,7 @@ from ..shared.console import hub_id, one_line
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 ACCURACIES = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
 SHARES = {**ACCURACIES, "mean_class_accuracy": "Mean class accuracy"}
-POOLINGS = {"max": "max pooling", "avg": "average pooling", "merge": "merging of similar tokens"}
+POOLING_NAMES = {"max": "max pooling", "avg": "average pooling", "merge": "merging of similar tokens"}
 WORDS = {"cpu": "CPU", "gpu": "GPU", "gpus": "GPUs", "ram": "RAM", "gb": "(GB)"}
 TAGS = ("hpool-vit", "image-classification", "custom_code")
 MAX_ITEMS_SHOWN = 20
@@ -139,7 +139,7 @@ def _metadata(
 def _description(model, label_names: list[str]) -> dict[str, Any]:
     config = model.config
     blocks = ", ".join(map(str, config.hvt_pool or []))
-    pooling = f"{POOLINGS[config.pool_mode]} before blocks {blocks} (counted from 0)" if blocks else "none"
+    pooling = f"{POOLING_NAMES[config.pool_mode]} before blocks {blocks} (counted from 0)" if blocks else "none"
     facts = {
         "labels": len(label_names),
         "image size": "{} × {} pixels".format(*config.image_shape),

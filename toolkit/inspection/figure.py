@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hpool_vit import HPoolViTConfig
+from hpool_vit.pooling_hpool_vit import POOLINGS
 
 from .stats import format_macs
 from .trace import PoolingTrace, StageTrace, block_macs
@@ -139,7 +140,7 @@ def _draw_band(figure, top, height, image, trace, index, config, scales):
         axes = panel(column, first, f"Block {stage.block}", f"{before} → {stage.num_tokens} tokens")
         _draw_tokens(axes, stage, index, image, trace.grid)
         axes = panel(column, second)
-        if mode == "merge":
+        if stage.groups is not None:
             sizes = stage.sizes[index].gather(0, stage.groups[index])
             _draw_heat(axes, grey, sizes, trace.grid, scales.size_norm, SIZE_COLOURS)
         else:
@@ -230,7 +231,7 @@ def shorten(name: str, length: int = 20) -> str:
 def _draw_keys(figure, left, top, scales, mode):
     lowest, highest = scales.rollout_norm.vmin, scales.rollout_norm.vmax
     keys = [("attention to a patch", ROLLOUT_COLOURS, f"{lowest:.1f}", f"{highest:.1f} × mean")]
-    if mode == "merge":
+    if mode and POOLINGS[mode].partitions:
         keys.append(("patches per token", SIZE_COLOURS, "1", f"{scales.size_norm.vmax:.0f}"))
     elif mode:
         keys.append(("supplied by a patch", SHARE_COLOURS, "0", f"{scales.share_norm.vmax:.1f} × mean"))

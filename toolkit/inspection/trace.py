@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hpool_vit import HPoolViTConfig
-from hpool_vit.pooling_hpool_vit import Tokens
+from hpool_vit.pooling_hpool_vit import POOLINGS, Tokens
 
 
 @dataclass
@@ -166,16 +165,13 @@ def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[i
     stage_of = {block: stage for stage, block in enumerate(config.hvt_pool or [], start=1)}
     width, stage, macs = config.hidden_size, 0, []
     for block in range(config.num_hidden_layers):
-        merging = 0
+        pooling = 0
         if block in stage_of:
             stage = stage_of[block]
-            before, after = tokens[stage - 1 : stage + 1]
-            if config.pool_mode == "merge" and after < before:
-                num_streams = 2 if config.ln_order == "residual" else 1
-                merging = width * ((before // 2) * (before - before // 2) + num_streams * before * after)
+            pooling = POOLINGS[config.pool_mode].macs(config, *tokens[stage - 1 : stage + 1])
         num_tokens = tokens[stage] + int(config.use_class_token)
         weights = 4 * width * width + 2 * width * config.intermediate_size
-        macs.append(num_tokens * weights + 2 * num_tokens * num_tokens * width + merging)
+        macs.append(num_tokens * weights + 2 * num_tokens * num_tokens * width + pooling)
     return macs
 
 
@@ -205,8 +201,8 @@ class _Recorder:
         batch_size, num_tokens, _ = embeddings.shape
         self.rollout = torch.eye(num_tokens, dtype=torch.float32).repeat(batch_size, 1, 1)
         patches = self.rollout[:, self.num_prefix_tokens :, self.num_prefix_tokens :]
-        is_merging = self.config.pool_mode == "merge"
-        groups = torch.arange(patches.shape[1]).repeat(batch_size, 1) if is_merging else None
+        partitions = POOLINGS[self.config.pool_mode].partitions
+        groups = torch.arange(patches.shape[1]).repeat(batch_size, 1) if partitions else None
         self.stages.append(StageTrace(None, patches.bool(), patches, groups))
 
     def attend(self, module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]):
@@ -218,10 +214,9 @@ class _Recorder:
         self.rollout = rollout / rollout.sum(-1, keepdim=True)
 
     def pool(self, block: int, stage: nn.Module, before: Tokens, *_):
-        streams = [stream[:, self.num_prefix_tokens :] for stream in before.streams]
         trace = {"max": self.pool_max, "avg": self.pool_avg, "merge": self.merge}[self.config.pool_mode]
         with torch.autocast("cpu", enabled=False):
-            reached, pooling, share, groups = trace(stage, streams)
+            reached, pooling, share, groups = trace(stage, before)
             reached = reached.float() @ self.stages[-1].receptive_field.float() > 0
             prefix, tokens = self.rollout.tensor_split([self.num_prefix_tokens], dim=1)
             self.rollout = torch.cat((prefix, pooling @ tokens), dim=1)
@@ -230,8 +225,8 @@ class _Recorder:
     # Each of the next three returns which tokens a token reaches and what each of them supplied to it, both of shape
     # (batch_size, tokens, tokens before), and `share` and `groups` of the stage.
 
-    def pool_max(self, stage: nn.Module, streams: list[torch.Tensor]) -> tuple:
-        tokens = torch.cat(streams, dim=-1).float().cpu()
+    def pool_max(self, stage: nn.Module, before: Tokens) -> tuple:
+        tokens = torch.cat(before.streams, dim=-1)[:, self.num_prefix_tokens :].float().cpu()
         winners = tokens.unfold(1, stage.kernel_size, stage.stride).argmax(-1)
         winners = winners + torch.arange(winners.shape[1])[:, None] * stage.stride
         if self.suppliers is None:
@@ -239,31 +234,27 @@ class _Recorder:
         self.suppliers = self.suppliers.gather(1, winners)
         pooling = _shares(winners, tokens.shape[1])
         share = _shares(self.suppliers, self.stages[0].num_tokens)
-        return self.windows(stage, tokens), pooling, share, None
+        return self.windows(stage), pooling, share, None
 
-    def pool_avg(self, stage: nn.Module, streams: list[torch.Tensor]) -> tuple:
-        windows = self.windows(stage, streams[0])
+    def pool_avg(self, stage: nn.Module, before: Tokens) -> tuple:
+        windows = self.windows(stage)
         pooling = windows.float() / stage.kernel_size
         return windows, pooling, pooling @ self.stages[-1].share, None
 
-    def merge(self, stage: nn.Module, streams: list[torch.Tensor]) -> tuple:
-        tokens, before = streams[0], self.stages[-1]
-        num_merged = self.config.num_merged(tokens.shape[1], len(self.stages) - 1)
-        groups = torch.arange(tokens.shape[1]).expand(tokens.shape[:2])
-        if num_merged:
-            # From the module that this model runs, which can be the copy in its folder.
-            find_groups = sys.modules[type(stage).__module__].find_groups
-            with torch.autocast(tokens.device.type, enabled=False):
-                groups = find_groups(tokens, num_merged).cpu()
-        joined = groups.unsqueeze(1) == torch.arange(tokens.shape[1] - num_merged)[:, None]
-        pooling = joined * before.sizes.float().unsqueeze(1)
+    def merge(self, stage: nn.Module, before: Tokens) -> tuple:
+        last = self.stages[-1]
+        groups = stage.groups(before)
+        groups = torch.arange(last.num_tokens).expand(len(last.share), -1) if groups is None else groups.cpu()
+        num_tokens = self.config.tokens_per_stage(self.stages[0].num_tokens)[len(self.stages)]
+        joined = groups.unsqueeze(1) == torch.arange(num_tokens)[:, None]
+        pooling = joined * last.sizes.float().unsqueeze(1)
         pooling = pooling / pooling.sum(-1, keepdim=True)
-        return joined, pooling, pooling @ before.share, groups.gather(1, before.groups)
+        return joined, pooling, pooling @ last.share, groups.gather(1, last.groups)
 
-    def windows(self, stage: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        num_tokens = tokens.shape[1]
+    def windows(self, stage: nn.Module) -> torch.Tensor:
+        batch_size, num_tokens, _ = self.stages[-1].share.shape
         members = torch.arange(num_tokens).unfold(0, stage.kernel_size, stage.stride)
-        return nn.functional.one_hot(members, num_tokens).sum(1).bool().expand(len(tokens), -1, -1)
+        return nn.functional.one_hot(members, num_tokens).sum(1).bool().expand(batch_size, -1, -1)
 
     def read_rollout(self) -> torch.Tensor:
         rollout = self.rollout[:, 0, 1:] if self.num_prefix_tokens else _mean(self.rollout, self.stages[-1].weights)

@@ -31,7 +31,7 @@ from hpool_vit.toolkit.conversion import sources
 from hpool_vit.toolkit.conversion.checkpoint import ConversionError
 from hpool_vit.toolkit.conversion.image_processor import image_processor_for
 from hpool_vit.toolkit.conversion.sources import read_source
-from hpool_vit.toolkit.conversion.vit import MERGE_DEFAULTS, convert_source, convert_vit
+from hpool_vit.toolkit.conversion.vit import POOLING_DEFAULTS, convert_source, convert_vit
 
 
 TIMM = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -342,7 +342,7 @@ class TestPooling:
 
     def test_merging_has_defaults_of_its_own(self, tmp_path):
         config = convert(timm_model(depth=12), tmp_path, pool_mode="merge")[0].config
-        assert {name: getattr(config, name) for name in MERGE_DEFAULTS} == MERGE_DEFAULTS
+        assert {name: getattr(config, name) for name in POOLING_DEFAULTS["merge"]} == POOLING_DEFAULTS["merge"]
         ours, report = convert(timm_model(), tmp_path, pool_mode="merge", hvt_pool=[1, 3])
         assert ours.config.hvt_pool == [1, 3]
         assert 0 < ours.config.merge_ratio <= 0.5
