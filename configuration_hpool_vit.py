@@ -34,15 +34,24 @@ Schedule = list[int] | tuple[int, ...] | None
 Class = TypeVar("Class", bound=type)
 
 
-def refuse_with_value_error(cls: Class) -> Class:
-    """`@strict` reports with exceptions of its own that are no `ValueError`, the type that callers of a configuration
-    catch. This raises the `ValueError` instead, with the message of the check that failed."""
+def plain(value: Any) -> Any:
+    """`value` without NumPy's and PyTorch's types, which JSON does not know: 3 instead of `np.int64(3)`."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def on_plain_values_with_value_errors(cls: Class) -> Class:
+    """
+    `@strict` refuses NumPy's numbers, and reports with exceptions of its own, although callers of a configuration
+    catch `ValueError`. This makes the values plain and raises a `ValueError` with the message of the failed check.
+    """
 
     def translate(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                return method(self, *args, **kwargs)
+                return method(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
             except StrictDataclassError as error:
                 # Of a field of several types, the message goes on with what each of them says.
                 raise ValueError(str(error.__cause__).partition(" Errors: ")[0]) from error
@@ -62,6 +71,16 @@ def _each_once(schedules: Iterable[Any]) -> list[Any]:
         if schedule not in unique:
             unique.append(schedule)
     return unique
+
+
+class NoLabels(dict[int, str]):
+    """The names of no classes: looking for one says why it is not there."""
+
+    def __missing__(self, label: int) -> str:
+        raise ValueError(
+            f"There is no class {label!r}: the model has no classifier (`num_labels=0`) and returns features. Load it "
+            "with AutoModel or the pipeline 'image-feature-extraction', or give it classes and train it."
+        )
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -100,7 +119,7 @@ POOL_MODES = {
 }
 
 
-@refuse_with_value_error
+@on_plain_values_with_value_errors
 @strict
 class HPoolViTConfig(PreTrainedConfig):
     r"""
@@ -265,6 +284,8 @@ class HPoolViTConfig(PreTrainedConfig):
         if kwargs.pop("stochastic_depth", True) is False:
             self.drop_path_rate = 0.0
         super().__post_init__(**kwargs)
+        if not self.num_labels:
+            self.id2label = NoLabels()
 
     def __setattr__(self, key: str, value: Any) -> None:
         # Resolved here, because `@strict` checks the type of an assignment by the field's own name only.
@@ -394,8 +415,12 @@ class HPoolViTConfig(PreTrainedConfig):
         for schedule in self.hvt_pool_choices or []:
             for block, num_tokens in self.with_schedule(schedule)._own_stages().items():
                 positions[block] = max(num_tokens, positions.get(block, 0))
-        positions |= self._own_stages() | (self.stages or {})
+        positions |= self._own_stages() | self._recorded_stages()
         return dict(sorted(positions.items()))
+
+    def _recorded_stages(self) -> dict[int, int]:
+        # The keys are integers: `__setattr__` has converted those of JSON.
+        return cast(dict[int, int], self.stages or {})
 
     def _own_stages(self) -> dict[int, int]:
         """The tokens after each stage of `hvt_pool`, by block."""

@@ -122,9 +122,11 @@ class HPoolViTImageProcessing(BaseImageProcessor):
         if do_convert_rgb:
             image = to_rgb(image, input_data_format, scale_floats=bool(do_rescale))
             input_data_format = ChannelDimension.FIRST
-        image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
-        check_aspect_ratio(*image.shape[-2:])
-        return image
+        prepared: Any = super().process_image(
+            image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs
+        )
+        check_aspect_ratio(*prepared.shape[-2:])
+        return prepared
 
 
 class HPoolViTImageProcessor(HPoolViTImageProcessing, TorchvisionBackend):  # type: ignore[misc]  # `device` in kwargs

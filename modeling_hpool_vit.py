@@ -369,7 +369,8 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         """
         Pools at other blocks from now on. Every weight is kept, also of stages that are not in use and when the model
         is saved: changed back, it gives the same logits. A new stage starts from the nearest one's position
-        embeddings; new parameters come before the optimizer, and before `DistributedDataParallel`.
+        embeddings, and is frozen if the model's first ones are, because an adapter would not save it. New parameters
+        come before the optimizer, and before `DistributedDataParallel`.
 
         Args:
             hvt_pool (`list[int]`, *optional*): as in [`HPoolViTConfig`]; None: never.
@@ -378,9 +379,12 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
             ValueError: for a schedule that no model can be built with; nothing is changed then.
         """
         self.config.change_schedule(hvt_pool)
-        for stage in self.base_model.pooling.add_missing():
-            stage.to(self.base_model.embeddings.position_embeddings).train(self.training)
-            self._init_weights(stage)
+        positions = self.base_model.embeddings.position_embeddings
+        # Ordinary parameters, whatever the mode in which this is called; frozen where an adapter has frozen the model.
+        with torch.inference_mode(False):
+            for stage in self.base_model.pooling.add_missing():
+                stage.to(positions).train(self.training).requires_grad_(positions.requires_grad)
+                self._init_weights(stage)
 
     @classmethod
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
@@ -462,6 +466,11 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         """
         if kwargs.pop("attention_mask", None) is not None:  # type: ignore[typeddict-item]
             raise ValueError("HPool-ViT takes no `attention_mask`: every token is attended to. Leave it out.")
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                "`torch.onnx.export` with `dynamo=False` fixes the batch size, and writes invalid graphs of merging: "
+                "pass `dynamo=True`, or use `hpool-vit export`."
+            )
         interpolate_pos_encoding = bool(interpolate_pos_encoding)
         tokens = self.layer_class.start(self.embeddings(pixel_values, interpolate_pos_encoding))
         attention_mask = None
@@ -492,6 +501,7 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
 class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
     def __init__(self, config: HPoolViTConfig):
         super().__init__(config)
+        self.loss_type = "ForImageClassification"  # Transformers reads it off the name of the class, also a subclass's
         self.num_labels = config.num_labels
         self.hpool_vit = HPoolViTModel(config)
         if not config.num_labels:
@@ -525,6 +535,8 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
             Whether to resize the position embeddings to the images, which may then have any size that leaves at least
             one token. Otherwise another size than `config.image_size` is a `ValueError`.
         """
+        if labels is not None and not self.num_labels:
+            raise ValueError("`labels` need a classifier, and the model has none (`num_labels=0`): give it classes.")
         outputs: BaseModelOutputWithPooling = self.hpool_vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )

@@ -295,7 +295,7 @@ class HPoolViTStages(nn.ModuleDict):
         trained, resized to the new stage's number; 0 if there is none.
         """
         positions = self.get_parameter(f"{block}.position_embeddings")
-        recorded = sorted(self.config.stages or {})
+        recorded = sorted(int(other) for other in self.config.stages or {})
         if not recorded:
             return torch.zeros_like(positions)
         nearest = self.get_parameter(f"{min(recorded, key=lambda other: abs(other - block))}.position_embeddings")

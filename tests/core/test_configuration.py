@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from hpool_vit import HPoolViTConfig
@@ -144,6 +145,30 @@ def test_a_fraction_as_merge_ratio_merges_that_many_tokens():
     for merged in range(1, 99):
         config = HPoolViTConfig(pool_mode="merge", hvt_pool=[3], merge_ratio=merged / 196)
         assert config.tokens_per_stage() == [196, 196 - merged]
+
+
+def test_numpys_numbers_and_arrays_are_taken_as_plain_ones(tmp_path):
+    given = {"num_labels": np.int64(3), "merge_ratio": np.float64(0.3), "hidden_size": np.int32(96)}
+    given |= {"hvt_pool": np.array([1, 2]), "image_size": (np.int64(32), np.int64(64)), "dropout": np.float32(0.5)}
+    config = HPoolViTConfig(**given, num_attention_heads=3)
+    plain = HPoolViTConfig(
+        num_labels=3, merge_ratio=0.3, hidden_size=96, hvt_pool=[1, 2], image_size=(32, 64), dropout=0.5,
+        num_attention_heads=3,
+    )  # fmt: skip
+    assert config == plain and config.to_json_string() == plain.to_json_string()
+    config.hidden_size = np.int64(48)
+    assert type(config.hidden_size) is int
+    with pytest.raises(ValueError, match="'hidden_size' expected int, got float"):
+        HPoolViTConfig(hidden_size=np.float64(96.0))
+
+
+def test_a_class_of_a_model_without_classes_is_refused_with_the_remedy(tmp_path):
+    config = HPoolViTConfig(num_labels=0)
+    assert config.id2label == {}
+    with pytest.raises(ValueError, match=r"no class 0: .*`num_labels=0`.*image-feature-extraction"):
+        config.id2label[0]
+    config.save_pretrained(tmp_path)
+    assert HPoolViTConfig.from_pretrained(tmp_path).num_labels == 0
 
 
 def test_an_unknown_preset_names_the_known_ones():

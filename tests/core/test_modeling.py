@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTModel
-from hpool_vit.configuration_hpool_vit import LN_ORDERS
+from hpool_vit.configuration_hpool_vit import LN_ORDERS, POOL_MODES
 from hpool_vit.pooling_hpool_vit import HPoolViTMerging, Tokens
 
 
@@ -284,6 +284,28 @@ def test_labels_give_the_loss_of_their_problem_type(pixel_values):
         "multi_label_classification",
         "regression",
     ]
+
+
+def test_a_subclass_of_any_name_gets_the_loss_of_its_problem_type(pixel_values):
+    class Birds(HPoolViTForImageClassification):
+        pass
+
+    classes = torch.tensor([2, 0])
+    output = Birds(tiny_config())(pixel_values, labels=classes)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, classes))
+
+
+def test_labels_for_a_model_without_classes_are_refused(pixel_values):
+    with pytest.raises(ValueError, match=r"`labels` need a classifier.*num_labels=0"):
+        tiny_model(num_labels=0)(pixel_values, labels=torch.tensor([0, 1]))
+    assert tiny_model(num_labels=0)(pixel_values).logits.shape == (2, 32)
+
+
+@pytest.mark.parametrize("pool_mode", POOL_MODES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_old_onnx_exporter_is_refused_with_the_remedy(pool_mode, pixel_values, tmp_path):
+    with pytest.raises(ValueError, match="dynamo=True"):
+        torch.onnx.export(tiny_model(pool_mode=pool_mode), (pixel_values,), tmp_path / "model.onnx", dynamo=False)
 
 
 def test_a_configuration_that_asks_for_tuples_gets_them(pixel_values):

@@ -101,6 +101,22 @@ class TestChangingTheSchedule:
         assert {weight.dtype for weight in model.state_dict().values()} == {dtype}
         assert model(pixel_values).logits.isfinite().all()
 
+    def test_new_stages_are_ordinary_parameters_also_in_inference_mode(self, pixel_values):
+        model = tiny_model()
+        with torch.inference_mode():
+            model.set_hvt_pool([2])
+        train_a_step(model, pixel_values)
+        assert (model.hpool_vit.pooling["2"].position_embeddings.grad != 0).any()
+
+    def test_new_stages_of_a_frozen_model_are_frozen_because_an_adapter_does_not_save_them(self, pixel_values):
+        model = tiny_model().requires_grad_(False)
+        model.classifier.requires_grad_(True)
+        model.set_hvt_pool([2])
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+            "classifier.weight",
+            "classifier.bias",
+        ]
+
     @pytest.mark.parametrize("pool_mode", ["max", "merge"])
     def test_each_schedule_is_compiled_once(self, pool_mode, pixel_values, fresh_compiler):
         model = tiny_model(pool_mode=pool_mode, num_hidden_layers=2, hvt_pool=[1])

@@ -21,7 +21,5 @@ def test_an_unknown_name_is_refused():
 
 
 def test_importing_the_toolkit_imports_nothing_of_it():
-    program = (
-        "import sys, hpool_vit.toolkit; print(*(n for n in sys.modules if n.startswith('hpool_vit.tool')))"
-    )
+    program = "import sys, hpool_vit.toolkit; print(*(n for n in sys.modules if n.startswith('hpool_vit.tool')))"
     assert run_python("-c", program).stdout.split() == ["hpool_vit.toolkit"]
