@@ -211,7 +211,7 @@ def test_a_file_is_turned_upright_and_an_opened_image_is_taken_as_it_is(cls, pho
         (Image.fromarray(np.full((40, 40), 300.0, np.float32)), "from 300 to 300 in mode 'F'"),
         (Image.fromarray(np.full((40, 40), -7, np.int32)), "from -7 to -7 in mode 'I'"),
     ],
-    ids=str,
+    ids=["negative", "32 bits", "large float", "negative float", "nan", "mode F", "mode I"],
 )
 def test_values_of_an_unknown_scale_are_refused_with_their_range(cls, pixels, message, tmp_path):
     with pytest.raises(ValueError, match=message):
