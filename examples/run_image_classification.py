@@ -47,7 +47,7 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         example = self.source.dataset[int(self.source.rows[index])]
-        image, _ = decode_image(read_image(example[self.source.image_column]))
+        image, _ = decode_image(read_image(self.source.image(example)))
         return {"pixel_values": self.transform(image), "labels": int(self.source.labels[index])}
 
 

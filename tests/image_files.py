@@ -42,6 +42,10 @@ BAD_FILES = {
     "line.png": (encoded(picture(1, (9, 1))), "too small: 9 × 1 pixels"),
     "enormous.png": (claiming(encoded(picture(1)), 30_000, 30_000), "too large"),
     "large.png": (claiming(encoded(picture(1)), 10_000, 10_000), "too large"),
+    # A few hundred bytes each. With the short side at 256 pixels they would take gigabytes.
+    "tall.png": (encoded(Image.new("RGB", (2, 40_000))), "too long: 2 × 40000 pixels"),
+    "wide.png": (encoded(Image.new("RGB", (40_000, 2))), "too long: 40000 × 2 pixels"),
+    "negative.tif": (encoded(Image.fromarray(np.full((9, 9), -1000, dtype=np.int32)), "TIFF"), "values from -1000"),
 }
 CONVERTED_FILES = {
     "palette.png": (encoded(picture(3).convert("P")), "palette to RGB"),

@@ -182,7 +182,7 @@ class ImageReader:
         """The name of the image, the image or None if it is bad, and the records to report."""
         name = self.source.name(example, row)
         try:
-            image, note = decode_image(read_image(example[self.source.image_column]))
+            image, note = decode_image(read_image(self.source.image(example)))
         except BadImageError as error:
             if self.args.on_bad_image == "fail":
                 raise BadImageError(f"{name} is {error} (`on_bad_image='fail'`)") from error

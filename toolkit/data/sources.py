@@ -6,15 +6,14 @@ WebDataset archives, as a table or as a stream. `loaders` decodes them, batch by
 import glob
 import os
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import PIL.Image
 
 from ..shared.console import needs
+from ..shared.folders import FolderListing, as_utf8, counted, escaped, list_images, some, were
 from ..shared.images import DataError
 from .digits import load_digits_dataset
 
@@ -23,7 +22,6 @@ with needs("train"):
     import pyarrow.parquet
     from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
     from sklearn.model_selection import train_test_split
-    from torchvision.datasets.folder import find_classes, make_dataset
 
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
@@ -109,6 +107,9 @@ class ImageSource:
     label_ids: dict[Any, int] = field(default_factory=dict)
     rows: np.ndarray | None = None
     labels: np.ndarray | None = None
+    # What was left out, for people; and the files whose names in the table are escaped, by these names.
+    notes: list[str] = field(default_factory=list)
+    paths: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_stream(self) -> bool:
@@ -122,6 +123,12 @@ class ImageSource:
         if row is None:
             return f"{self.split}[CRC-32 {zlib.crc32(image.get('bytes') or b''):08x}]"
         return f"{self.split}[{row}]"
+
+    def image(self, example: dict) -> dict | None:
+        """The encoded image of an example, as `read_image` takes it."""
+        image = example[self.image_column]
+        path = self.paths.get(image["path"]) if image else None
+        return {**image, "path": path} if path else image
 
     def label(self, value: Any, name: str) -> int:
         """The class that `value` stands for in the label column; `name` is the image."""
@@ -144,6 +151,11 @@ class ImageData:
     train: ImageSource
     validation: ImageSource
     class_names: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the folders hold that is not used."""
+        return list(dict.fromkeys(self.train.notes + self.validation.notes))
 
     def describe(self) -> dict:
         """For a model card: the sources, their numbers of images (None if unknown), and the names of the classes."""
@@ -251,18 +263,31 @@ def open_source(args: DataArguments, split: str, splits: dict) -> ImageSource | 
 
 def open_folder(directory: str, split: str) -> ImageSource:
     """A table of paths; the images stay where they are."""
-    PIL.Image.init()
-    endings = set(PIL.Image.registered_extensions())
-    try:
-        # Hidden folders, such as those of notebooks, are not classes.
-        names = [name for name in find_classes(directory)[0] if not name.startswith(".")]
-        label_ids = {name: label for label, name in enumerate(names)}
-        files = make_dataset(directory, label_ids, is_valid_file=lambda path: Path(path).suffix.lower() in endings)
-    except (OSError, ValueError) as error:
-        raise DataError(f"`{split}_dir={directory!r}` needs one sub-folder of images per class: {error}") from error
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
-    columns = {"image": [path for path, _ in files], "label": [label for _, label in files]}
-    return ImageSource(Dataset.from_dict(columns, features=features), split, directory)
+    listing = list_images(os.path.expanduser(directory))
+    classes = {as_utf8(name): files for name, files in listing.by_subfolder().items()}
+    check_classes(classes, listing, f"`{split}_dir={as_utf8(directory)!r}`", split)
+    files = [file for files in classes.values() for file in files]
+    labels = [label for label, files in enumerate(classes.values()) for _ in files]
+    # A table holds only UTF-8, and the name of a file may be anything.
+    names = [as_utf8(file) for file in files]
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=list(classes))})
+    dataset = Dataset.from_dict({"image": names, "label": labels}, features=features)
+    source = ImageSource(dataset, split, as_utf8(directory), notes=listing.notes())
+    source.paths = {name: file for name, file in zip(names, files, strict=True) if name != file}
+    if number := len(listing.files) - len(files):
+        note = f"{counted(number, 'image')} outside the folders of the classes {were(number)} left out"
+        source.notes.append(f"{escaped(directory)}: {note}")
+    return source
+
+
+def check_classes(classes: dict[str, list[str]], listing: FolderListing, argument: str, split: str):
+    """Raises a `DataError` for a folder without classes, and for training classes without images."""
+    if not any(classes.values()):
+        reasons = listing.notes() or [f"there are no images in {some(classes)}" if classes else "there is none"]
+        raise DataError(f"{argument} needs one sub-folder of images per class: {'; '.join(reasons)}.")
+    # Validation does without images of a class.
+    if split == "train" and (empty := [name for name, files in classes.items() if not files]):
+        raise DataError(f"{argument} has no images of the classes {some(empty)}: add some, or remove these folders.")
 
 
 def open_files(patterns: list[str], split: str, streaming: bool) -> ImageSource:
@@ -322,14 +347,13 @@ def label_sources(train: ImageSource, validation: ImageSource | None, class_name
         feature = validation.dataset.features[validation.label_column]
         if not isinstance(feature, ClassLabel):
             validation.label_ids = {name: label for label, name in enumerate(own_names)} | train.label_ids
-        elif set(feature.names) == set(own_names):
-            validation.label_ids = {value: own_names.index(name) for value, name in enumerate(feature.names)}
-        else:
-            ours, theirs = set(own_names), set(feature.names)
+        elif unknown := [name for name in feature.names if name not in own_names]:
             raise DataError(
-                f"The classes of {train.description} and {validation.description} differ: only the first has "
-                f"{some(sorted(ours - theirs)) or 'none'}, only the second {some(sorted(theirs - ours)) or 'none'}."
+                f"{validation.description} has classes that {train.description} does not have: {some(unknown)}. "
+                "Remove them, or train on them too."
             )
+        else:
+            validation.label_ids = {value: own_names.index(name) for value, name in enumerate(feature.names)}
     for source in filter(None, (train, validation)):
         if not source.is_stream:
             labels = enumerate(source.dataset[source.label_column][:])
@@ -387,9 +411,3 @@ def as_stream(source: ImageSource) -> ImageSource:
     num_shards = min(source.num_images, SHARDS_OF_A_TABLE)
     stream = source.dataset.select(source.rows).to_iterable_dataset(num_shards=num_shards)
     return replace(source, dataset=stream, rows=None, labels=None)
-
-
-def some(values: Iterable, most: int = 10) -> str:
-    """The first values, for a message of one line."""
-    values = [str(value) for value in values]
-    return ", ".join(values[:most]) + (f", … ({len(values)} in all)" if len(values) > most else "")

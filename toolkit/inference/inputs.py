@@ -11,6 +11,7 @@ from typing import IO
 from PIL import Image
 
 from ..shared.console import needs
+from ..shared.folders import list_images
 from ..shared.images import BadImageError, decode_image
 
 
@@ -20,8 +21,6 @@ with needs("predict"):
 
 
 MAX_BYTES = 1 << 30
-# The image processor enlarges the short side to the size of the model, which makes a narrow image enormous.
-MAX_ASPECT_RATIO = 100
 USER_AGENT = {"User-Agent": "hpool-vit-predict"}
 
 
@@ -41,45 +40,38 @@ def list_inputs(names: Iterable[str]) -> tuple[list[str], list[str]]:
     expanded = []
     for name in [names] if isinstance(names, str) else map(os.fspath, names):
         expanded += read_names(sys.stdin.buffer) if name == "-" else [name]
-    files, again = list_files(expanded)
-    return files, [f"note: {again} of the files were named again; each is classified once."] if again else []
+    return list_files(expanded)
 
 
-def list_files(names: Iterable[str]) -> tuple[list[str], int]:
+def list_files(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """
-    Lists files and addresses as they are, and folders by the image files in them, at any depth. Hidden files are left
-    out, links are followed.
+    Lists files and addresses as they are, and folders by the image files in them, see [`list_images`].
 
     Returns:
-        The files in the order of `names`, sorted within a folder, each once at its first place; and how many were
-        named again. A folder that has no images or cannot be read stays in the list, so it is reported as a bad file.
+        The files in the order of `names`, each real file once at its first place, and notes on what was left out. A
+        folder that has no images or cannot be read stays in the list, so that it is reported as a bad file.
     """
     found: dict[str, str] = {}
-    again = 0
+    notes, again = [], 0
     for name in names:
-        for file in list_folder(name) if not is_address(name) and os.path.isdir(name) else [name]:
-            key = file if is_address(file) else os.path.abspath(file)
+        is_folder = not is_address(name) and os.path.isdir(name)
+        files, folder_notes = list_folder(name) if is_folder else ([name], [])
+        notes += folder_notes
+        for file in files:
+            key = file if is_address(file) else os.path.realpath(file)
             again += key in found
             found.setdefault(key, file)
-    return list(found.values()), again
+    if again:
+        notes.append(f"{again} of the files were named again; each is classified once.")
+    return list(found.values()), [f"note: {note}" for note in notes]
 
 
-def list_folder(folder: str) -> list[str]:
-    """The image files in a folder, or the folder itself if it has none."""
-    Image.init()
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files, unreadable, seen = [], [], set()
-    for path, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(error)):
-        status = os.stat(path)
-        # A link to a parent folder would be followed for ever.
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        shown = sorted(name for name in names if not name.startswith("."))
-        files += [os.path.join(path, name) for name in shown if os.path.splitext(name)[1].lower() in endings]
-    return (files or [folder] * (not unreadable)) + [error.filename for error in unreadable]
+def list_folder(folder: str) -> tuple[list[str], list[str]]:
+    """The image files in a folder, or the folder itself if it has none, and notes on what was left out."""
+    listing = list_images(folder)
+    unreadable = list(listing.unreadable)
+    listing.unreadable.clear()  # these are reported as bad files
+    return (listing.files or [folder] * (not unreadable)) + unreadable, listing.notes()
 
 
 def read_bytes(name: str, timeout: float) -> bytes:
@@ -153,7 +145,4 @@ def read_image(name: str, timeout: float) -> tuple[Image.Image, str | None]:
     Raises:
         BadImageError: with the reason, if it cannot be classified.
     """
-    image, note = decode_image(read_bytes(name, timeout))
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise BadImageError(f"too narrow: {image.width} × {image.height} pixels")
-    return image, note
+    return decode_image(read_bytes(name, timeout))

@@ -1,5 +1,6 @@
 """Decode image files to RGB, and record the files that cannot be used."""
 
+import contextlib
 import io
 import json
 import re
@@ -16,6 +17,26 @@ from .console import needs
 
 # Files in these modes can look different in RGB, so the report lists them.
 REPORTED_MODES = {"CMYK": "CMYK", "P": "palette", "PA": "palette"}
+# Pillow knows these files by their beginning, but does not decode them.
+FORMATS_WITHOUT_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+def register_heif() -> None:
+    """Lets Pillow read HEIC and HEIF if the package pillow-heif is installed (the extra `heif`)."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+
+
+register_heif()
+
+
+def readable_endings() -> set[str]:
+    """The endings of the files that Pillow can decode here, in small letters."""
+    Image.init()
+    formats = Image.OPEN.keys() - FORMATS_WITHOUT_DECODER
+    return {ending for ending, name in Image.registered_extensions().items() if name in formats}
 
 
 class DataError(ValueError):

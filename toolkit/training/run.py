@@ -1,6 +1,7 @@
 """One run of a training program: its setup before the loop, and what the loop does between its steps."""
 
 import contextlib
+import errno
 import math
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ from transformers.utils import logging
 from ..data.loaders import BatchRecords, make_train_loader, make_validation_loader, set_epoch
 from ..data.sources import ImageData, load_image_data
 from ..shared.console import needs
+from ..shared.files import written_whole
 from ..shared.images import DataError
 from .arguments import RECORD, Arguments, check_same_run, full_record, parse_arguments
-from .checkpoints import CheckpointError, check_finite_weights, write_checkpoint
+from .checkpoints import CheckpointError, check_finite_weights, write_checkpoint, write_results
 from .evaluation import Evaluator
 from .model import Teacher, build_model, config_overrides
 from .optimization import RecipeLoss, WeightAverage, learning_rate_of
@@ -30,6 +32,9 @@ from .schedules import ScheduleSampler
 
 with needs("train"):
     from accelerate import Accelerator
+
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class TrainingStopped(RuntimeError):
@@ -57,7 +62,8 @@ class TrainingRun:
         with training.main_process_first(desc="reading the data"):
             self.data = load_image_data(args.data, training.seed)
         set_seed(training.seed)
-        self.model, self.image_processor, self.notes = build_model(args.model, args.recipe, self.data.class_names)
+        self.model, self.image_processor, notes = build_model(args.model, args.recipe, self.data.class_names)
+        self.notes = [*self.data.notes, *notes]
         self.teacher = None
         if args.recipe.teacher:
             self.teacher = Teacher(args.model, args.recipe, self.model, self.image_processor).to(training.device)
@@ -96,7 +102,8 @@ class TrainingRun:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         record = yaml.safe_dump(full_record(self.args), sort_keys=False, allow_unicode=True)
-        (self.output_dir / RECORD).write_text(record)
+        with written_whole(self.output_dir / RECORD) as part:
+            part.write_text(record)
         print(record + "\n".join(self.notes), flush=True)
         print(
             f"{self.model.num_parameters() / 1e6:.2f} M parameters, tokens {self.model.config.tokens_per_stage()}, "
@@ -156,6 +163,12 @@ class TrainingRun:
     def final_weights(self) -> contextlib.AbstractContextManager:
         """Inside the block the model has the weights that are saved: the moving average, if there is one."""
         return self.average.applied() if self.average else contextlib.nullcontext()
+
+    def results(self, accelerator: Accelerator) -> contextlib.AbstractContextManager[Path]:
+        """The block writes model and report into the folder that it gets, and then they are in the output folder."""
+        return write_results(
+            self.output_dir, is_main_process=self.is_main_process, wait_for_everyone=accelerator.wait_for_everyone
+        )
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, accelerator: Accelerator) -> Iterator[Path]:
@@ -232,7 +245,10 @@ def run_program(
     except (TrainingStopped, CheckpointError, DataError) as error:
         # Without the traceback, which keeps the workers of the loader alive for seconds.
         raise ValueError(str(error)) from error.with_traceback(None)
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            message = f"{error.filename or run.output_dir} cannot be written: {error.strerror}. Free some disk space"
+            raise ValueError(f"{message} and run the same command again.") from error.with_traceback(None)
         # Nobody foresaw this error, and its message alone does not say where it comes from.
         traceback.print_exc()
         raise

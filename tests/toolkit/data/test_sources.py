@@ -1,5 +1,6 @@
 """Images are found in every kind of source, and whatever is wrong with the data is said in one line."""
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ from image_files import encoded, picture, write_folder, write_parquet, write_tar
 from transformers import HfArgumentParser, TrainingArguments
 
 from hpool_vit.toolkit.data.sources import DataArguments, load_image_data
-from hpool_vit.toolkit.shared.images import DataError
+from hpool_vit.toolkit.shared.images import DataError, decode_image, read_image
 
 
 @pytest.fixture(autouse=True)
@@ -171,11 +172,69 @@ def test_validation_classes_are_matched_by_name(tmp_path):
     assert [int("ant" in path.split("/")) for path in paths] == data.validation.labels.tolist()
 
 
-def test_classes_that_differ_are_named(tmp_path):
+def test_validation_does_without_a_class_and_keeps_the_numbers_of_training(tmp_path):
+    train = write_folder(tmp_path / "train", per_class=2)
+    for name, empty in (("lacks", False), ("has_it_empty", True)):
+        validation = write_folder(tmp_path / name, classes=("ant", "cat"), per_class=1)
+        if empty:
+            (validation / "bee").mkdir()
+        data = load(train_dir=str(train), validation_dir=str(validation))
+        assert data.class_names == ["ant", "bee", "cat"]
+        assert data.validation.labels.tolist() == [0, 2]
+
+
+def test_a_validation_class_that_training_does_not_know_is_refused_by_name(tmp_path):
     first = write_folder(tmp_path / "a", classes=("ant", "bee"), per_class=1)
     second = write_folder(tmp_path / "b", classes=("ant", "wasp"), per_class=1)
     message = refusal(train_dir=str(first), validation_dir=str(second))
-    assert message.endswith("differ: only the first has bee, only the second wasp.")
+    assert message.startswith(f"{second} has classes that {first} does not have: wasp.")
+
+
+def test_links_bring_each_image_once_under_its_own_label_and_never_into_both_splits(tmp_path):
+    folder = write_folder(tmp_path / "images", per_class=4)
+    (folder / "ant" / "up").symlink_to(folder)
+    (folder / "cat" / "top").symlink_to(tmp_path)
+    (folder / "bee" / "0_again.png").symlink_to(folder / "ant" / "0.png")
+    data = load(train_dir=str(folder), validation_share=0.25)
+    assert data.class_names == ["ant", "bee", "cat"]
+    used = []
+    for source in (data.train, data.validation):
+        paths = [source.dataset[int(row)]["image"]["path"] for row in source.rows]
+        assert [path.split("/")[-2] for path in paths] == [data.class_names[label] for label in source.labels]
+        used += [os.path.realpath(path) for path in paths]
+    assert len(used) == len(set(used)) == 12
+    (note,) = data.notes
+    assert note.endswith("3 links to what is read elsewhere were left out: ant/up, bee/0_again.png, cat/top")
+
+
+def test_what_systems_leave_is_no_class_and_what_cannot_be_read_is_counted(tmp_path):
+    folder = write_folder(tmp_path / "images", per_class=2)
+    for name in ("__MACOSX/._0.png", ".AppleDouble/0.png", "@eaDir/0.png", "bee/._0.png", "bee/Thumbs.db"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not an image")
+    for number in range(20):
+        (folder / "bee" / f"{number}.xyz").touch()
+    (folder / "cover.png").touch()
+    data = load(train_dir=str(folder), validation_dir=str(folder))
+    assert (data.class_names, data.train.num_images) == (["ant", "bee", "cat"], 6)
+    assert data.notes == [
+        f"{folder}: 20 files with other endings were left out: .xyz",
+        f"{folder}: 1 image outside the folders of the classes was left out",
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_that_are_not_utf8_are_trained_on(tmp_path, streaming):
+    folder = write_folder(tmp_path / "images", per_class=2)
+    (folder / "bee" / "0.png").rename(os.fsdecode(os.fsencode(folder) + b"/bee/\xe9.png"))
+    (folder / "ant").rename(os.fsdecode(os.fsencode(folder) + b"/\xc4"))
+    data = load(train_dir=str(folder), validation_dir=str(folder), streaming=streaming)
+    assert data.class_names == ["bee", "cat", "\\xc4"]
+    examples = list(data.train.dataset) if streaming else [data.train.dataset[int(row)] for row in data.train.rows]
+    names = [data.train.name(example) for example in examples]
+    assert names == [f"{folder}/{name}.png" for name in ("bee/1", "bee/\\xe9", "cat/0", "cat/1", "\\xc4/0", "\\xc4/1")]
+    images = [decode_image(read_image(data.train.image(example)))[0] for example in examples]
+    assert np.array_equal(images[1], picture(100, (20, 19)))
 
 
 def test_a_label_that_is_missing_or_unknown_is_refused_with_its_row(tmp_path):
@@ -212,6 +271,7 @@ def test_what_is_missing_empty_or_contradictory_is_said_in_one_line(tmp_path):
     (tmp_path / "images" / "dog").mkdir()
     sound = str(write_folder(tmp_path / "sound", per_class=2))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bare" / "ant").mkdir(parents=True)
     (tmp_path / "broken.parquet").write_text("hello")
     write_tar(tmp_path / "words.tar", ["ant"])
     tar = [str(write_tar(tmp_path / "a.tar", [0, 1]))]
@@ -221,9 +281,13 @@ def test_what_is_missing_empty_or_contradictory_is_said_in_one_line(tmp_path):
         "No data is given: set `dataset_name`, `train_dir` or `train_files`": {},
         "`train_dir='a'` and `dataset_name='digits'`: give only one": {"dataset_name": "digits", "train_dir": "a"},
         "`validation_split='x'` is a split of `dataset_name`": {"train_dir": sound, "validation_split": "x"},
-        "No such file or directory": {"train_dir": str(tmp_path / "nowhere")},
-        "Couldn't find any class folder": {"train_dir": str(tmp_path / "empty")},
-        "no valid file for the classes dog": {"train_dir": folder},
+        "nowhere cannot be read: No such file or directory": {"train_dir": str(tmp_path / "nowhere")},
+        "empty'` needs one sub-folder of images per class: there is none.": {"train_dir": str(tmp_path / "empty")},
+        "images'` has no images of the classes dog: add some, or remove these folders.": {"train_dir": folder},
+        "bare'` needs one sub-folder of images per class: there are no images in ant.": {
+            "train_dir": sound,
+            "validation_dir": str(tmp_path / "bare"),
+        },
         "nowhere/*.tar'` matches no file": {"train_files": [*tar, str(tmp_path / "nowhere/*.tar")]},
         "must all end in .parquet, or all in .tar": {"train_files": [*tar, str(tmp_path / "broken.parquet")]},
         "broken.parquet` cannot be loaded: Parquet file size": {"train_files": [str(tmp_path / "broken.parquet")]},

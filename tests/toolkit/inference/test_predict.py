@@ -160,7 +160,7 @@ def test_bad_files_are_named_with_the_reason_and_counted(model, photos, tmp_path
     assert run(model, photos, *others, output=tmp_path / "answers.jsonl") == 1
     errors = {Path(line["file"]).name: line.get("error", "") for line in read_lines(tmp_path / "answers.jsonl")}
     expected = {name: reason for name, (_, reason) in BAD_FILES.items()} | {
-        "thin.png": "too narrow: 2 × 500 pixels",
+        "thin.png": "too long: 2 × 500 pixels",
         "empty": "a folder without images",
         "pipe.png": "not a regular file",
         "lost.png": "No such file",
@@ -181,21 +181,36 @@ def test_a_name_given_twice_is_classified_once(model, photos, tmp_path, capsys, 
     assert "2 of the files were named again" in capsys.readouterr().err
 
 
-def test_of_a_folder_only_visible_images_are_taken_and_links_are_followed_once(photos, tmp_path):
+def test_of_a_folder_each_real_visible_image_is_taken_once_and_the_rest_is_noted(photos, tmp_path):
     (photos / "notes.txt").write_text("x")
     (photos / "ant" / "._0.png").write_bytes(b"x")
-    (photos / ".thumbnails").mkdir()
-    (photos / ".thumbnails" / "0.png").write_bytes(b"x")
-    (photos / "bee" / "up").symlink_to(photos)
+    (photos / "__MACOSX").mkdir()
+    (photos / "__MACOSX" / "0.png").write_bytes(b"x")
+    (photos / "bee" / "up").symlink_to(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "SHOUTED.PNG").write_bytes(b"x")
     (photos / "linked").symlink_to(tmp_path / "elsewhere")
-    files, again = inputs.list_files([str(photos)])
+    files, notes = inputs.list_files([str(photos)])
     names = [f"{label}/{number}.png" for label in ("ant", "bee", "cat") for number in range(3)]
-    assert files == [f"{photos}/{name}" for name in [*names, "linked/SHOUTED.PNG"]] and again == 0
+    assert files == [f"{photos}/{name}" for name in [*names, "linked/SHOUTED.PNG"]]
+    assert notes == [
+        f"note: {photos}: 1 file with other endings was left out: .txt",
+        f"note: {photos}: 1 link to what is read elsewhere was left out: bee/up",
+    ]
+    again, notes = inputs.list_files([str(photos / "cat"), str(photos), str(tmp_path / "elsewhere")])
+    assert sorted(again) == files and notes[-1] == "note: 4 of the files were named again; each is classified once."
 
 
-def test_a_name_that_is_no_utf8_is_kept_in_json(model, photos, tmp_path):
+def test_files_with_other_endings_are_counted_and_named_before_the_answers(model, photos, capsys):
+    for number in range(20):
+        (photos / "bee" / f"{number}.xyz").touch()
+    assert run(model, photos) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"note: {photos}: 20 files with other endings were left out: .xyz\n")
+    assert len(printed.out.splitlines()) == 9
+
+
+def test_a_name_that_is_not_utf8_is_kept_in_json(model, photos, tmp_path):
     name = os.fsencode(photos) + b"/caf\xe9.png"
     with open(name, "wb") as file:
         file.write(encoded(picture()))
