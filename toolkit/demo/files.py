@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.digits import load_digits_dataset
+from ..shared.folders import list_images
 from ..shared.images import BadImageError, DataError, decode_image
 
 
@@ -78,8 +79,7 @@ def find_examples(labels: list[str], examples_dir: Path | None, scratch: Path) -
     elif not examples_dir.is_dir():
         raise DataError(f"`examples_dir={examples_dir}` is not a folder.")
     else:
-        endings = Image.registered_extensions()
-        files = sorted(file for file in examples_dir.rglob("*") if file.suffix.lower() in endings)
+        files = [Path(file) for file in list_images(examples_dir).files]
         files = files[:: max(1, math.ceil(len(files) / MAX_EXAMPLES))]
     examples = [(file, thumbnail(image, 160)) for file, image in read_images(list(map(str, files)), [])]
     if not examples:

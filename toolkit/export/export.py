@@ -157,10 +157,11 @@ def write_int8(
     from .predict_onnx import open_model
     from .quantize import compare, find_images, find_labelled_images, measure_speedup, quantize
 
-    labelled = find_labelled_images(options.eval_dir, labels) if options.eval_dir else []
+    labelled, notes = find_labelled_images(options.eval_dir, labels) if options.eval_dir else ([], [])
     calibration = []
     if options.method == "static":
-        calibration = find_images(options.calibration_dir, options.num_calibration_images)
+        calibration, more = find_images(options.calibration_dir, options.num_calibration_images)
+        notes = [*dict.fromkeys(notes + more)]
     quantize(folder / "model.onnx", folder / INT8_FILE, calibration, preprocessing)
     models = [open_model(folder / name, options.num_threads) for name in ("model.onnx", INT8_FILE)]
     generator = torch.Generator().manual_seed(0)
@@ -170,6 +171,7 @@ def write_int8(
         "megabytes": megabytes(folder / INT8_FILE),
         "batch_size": options.batch_size,
         **measure_speedup(*models, images),
+        **({"notes": notes} if notes else {}),
     }
     return record | (compare(*models, labelled, preprocessing, options.batch_size) if labelled else {})
 
@@ -200,6 +202,7 @@ def report(record: dict[str, Any]) -> str:
             )
         else:
             lines.append("The accuracy of int8 was not measured: --eval_dir takes a folder of labelled images.")
+        lines += [f"note: {note}" for note in int8.get("notes", [])]
     return "\n".join(lines)
 
 

@@ -5,16 +5,43 @@ needs only NumPy, Pillow and ONNX Runtime:
     python -m pip install numpy pillow onnxruntime
     python predict_onnx.py photo.jpg
     python predict_onnx.py --model model_int8.onnx --top_k 1 photos/*.jpg
+
+Files that cannot be used are reported with the reason, and the others are answered. The exit status is 0 if every file
+was classified, 1 if not, and 2 if the program did not start because of its flags or the model.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import re
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
+
+
+# With the package pillow-heif, Pillow reads HEIC and HEIF too.
+with contextlib.suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+
+# The rules of the image processor, HPoolViTImageProcessor. How many times its short side an image may be long:
+MAX_ASPECT_RATIO = 64
+# What white may be in an array of a type: the smallest that no value exceeds. Other types are integers.
+SCALES = {"uint16": (65535,), "uint32": (255, 65535, 2**32 - 1)}
+SCALES |= dict.fromkeys(("float16", "float32", "float64"), (1, 255))
+OTHER_SCALES = (255, 65535)
+# Files in these modes can look different in RGB, so the report lists them.
+REPORTED_MODES = {"CMYK": "CMYK", "P": "palette", "PA": "palette"}
+MAX_BYTES = 1 << 30
+MAX_LINES = 20
 
 
 def read_json(folder: Path, name: str):
@@ -45,24 +72,107 @@ def open_model(file: Path, num_threads: int = 0) -> onnxruntime.InferenceSession
         raise ValueError(f"{file} is not a model that ONNX Runtime can open: {error}") from error
 
 
-def open_image(file: Path) -> Image.Image:
-    """An image, upright according to its EXIF data. A `ValueError` names a file that is not an image."""
+def read_file(file: Path) -> bytes:
     try:
-        return ImageOps.exif_transpose(Image.open(file))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not an image that Pillow can read: {error}") from error
+        if not file.is_file():
+            file.stat()  # raises for a file that does not exist
+            # A device or a pipe may never end.
+            raise ValueError(f"unreadable: {'a folder' if file.is_dir() else 'not a regular file'}")
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(f"too large: more than {MAX_BYTES >> 20} MiB")
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"unreadable: {error.strerror or error}") from error
+
+
+def open_image(file: Path | str) -> Image.Image:
+    """
+    Decodes an image file, upright according to its EXIF data. The mode is the file's: `to_rgb` makes RGB of it.
+
+    Raises:
+        ValueError: with the reason, for a file that the image processor would refuse too.
+    """
+    data = io.BytesIO(read_file(Path(file)))
+    # Pillow's decoders raise all kinds of errors for a broken file, from OSError to struct.error.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
+            image = Image.open(data)
+        num_frames = getattr(image, "n_frames", 1)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("unreadable: not an image that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too large: {error}") from error
+    except Exception as error:
+        raise ValueError(why_unreadable(error)) from error
+    check_decodable(image, num_frames)
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+    except Exception as error:
+        raise ValueError(why_unreadable(error)) from error
+    return image
+
+
+def check_decodable(image: Image.Image, num_frames: int):
+    """Raises a `ValueError` for an opened image that must not be decoded; only its header has been read."""
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"too large: {image.width * image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+    # Many cameras write photos as MPO files, whose second image is a preview or a depth map.
+    if num_frames > 1 and image.format != "MPO":
+        raise ValueError(f"animated: {num_frames} frames")
+    if min(image.size) <= 1:
+        raise ValueError(f"too small: {image.width} × {image.height} pixels")
+    # Resizing the short side of a longer image would make an image of unbounded size.
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(
+            f"too long: {image.width} × {image.height} pixels, and one side may be at most {MAX_ASPECT_RATIO} times "
+            "the other"
+        )
+
+
+def why_unreadable(error: Exception) -> str:
+    reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
+    return f"{reason}: {str(error) or type(error).__name__}"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, with transparency on white, and 16 bits as 8 (Pillow's own conversion clips them to white)."""
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.float32)
-        is_16_bit = image.mode != "I" or pixels.max() > 255
-        image = Image.fromarray((pixels / (257 if is_16_bit else 1)).round().astype(np.uint8))
+    """
+    8-bit RGB, with transparency on white, and integers and floating point scaled as the image processor scales them.
+
+    Raises:
+        ValueError: for values whose scale is unknown.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    # Pillow's own conversion would clip these.
+    if image.mode.startswith(("I", "F")):
+        pixels = to_8_bits(np.asarray(image), image.mode)
+        return Image.fromarray(np.stack([pixels] * 3, axis=-1))
     if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return on_white(np.asarray(image.convert("RGBA")))
     return image.convert("RGB")
+
+
+def to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
+    low, high = pixels.min().item(), pixels.max().item()
+    for white in SCALES.get(pixels.dtype.name, OTHER_SCALES):
+        if 0 <= low <= high <= white:
+            return (pixels.astype(np.float64) * (255 / white)).round().astype(np.uint8)
+    raise ValueError(
+        f"values from {low:g} to {high:g} in mode {mode!r}, whose scale is unknown: scale them to 8 bits (0 to 255)"
+    )
+
+
+def on_white(pixels: np.ndarray) -> Image.Image:
+    """RGBA of shape (height, width, 4) as RGB on a white ground, a few rows at a time to save memory."""
+    rgb = np.empty((*pixels.shape[:2], 3), dtype=np.uint8)
+    step = max(2**22 // pixels.shape[1], 1)
+    for start in range(0, len(pixels), step):
+        rows = pixels[start : start + step].astype(np.float32)
+        alpha = rows[..., 3:] / np.float32(255)
+        rgb[start : start + step] = (rows[..., :3] * alpha + 255 * (1 - alpha)).round()
+    return Image.fromarray(rgb)
 
 
 def preprocess(image: Image.Image, config: dict) -> np.ndarray:
@@ -129,7 +239,39 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def main():
+def classify(
+    session: onnxruntime.InferenceSession, file: Path, config: dict, labels: list[str], top_k: int
+) -> tuple[str, str | None]:
+    """
+    The most likely classes of an image file, and a note if it was converted.
+
+    Raises:
+        ValueError: with the reason, if the file cannot be used.
+    """
+    image = open_image(file)
+    probabilities = softmax(predict(session, preprocess(image, config)[None])[0])
+    if not np.isfinite(probabilities).all():
+        raise ValueError("the model's answer is not a number")
+    best = np.argsort(-probabilities)[:top_k]
+    answer = ", ".join(f"{labels[index]} {probabilities[index]:.1%}" for index in best)
+    note = REPORTED_MODES.get(image.mode)
+    return answer, note and f"{note} to RGB"
+
+
+def summary(kind: str, records: list[str]) -> list[str]:
+    """How many files were `kind`, with at most `MAX_LINES` of them."""
+    lines = [f"{len(records)} image{'s' * (len(records) != 1)} {kind}{':' * bool(records)}"]
+    lines += [f"  {record}" for record in records[:MAX_LINES]]
+    return lines + [f"  … and {len(records) - MAX_LINES} more"] * (len(records) > MAX_LINES)
+
+
+def one_line(text: object) -> str:
+    """`text` on one line that any terminal can take: names of files may hold anything."""
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", str(text)).split())
+
+
+def main() -> int:
+    """Returns the exit status; a `ValueError` says why the program does not start."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument("--model", type=Path, help="the ONNX file; default: model.onnx beside this program")
@@ -137,20 +279,39 @@ def main():
     parser.add_argument("--image_size", type=int, help="pixels, for a model exported with --dynamic_image_size")
     args = parser.parse_args()
 
+    if args.top_k < 1:
+        raise ValueError(f"--top_k {args.top_k} must be at least 1.")
     model = args.model or Path(__file__).with_name("model.onnx")
     config, labels = read_json(model.parent, "preprocessor_config.json"), read_json(model.parent, "labels.json")
     if args.image_size:
         config = for_image_size(config, args.image_size)
     session = open_model(model)
+    blank = Image.new("RGB" if config.get("do_convert_rgb") else "L", (64, 64))
+    check_image_size(session, preprocess(blank, config)[None])
+    # A letter that the terminal cannot show must not stop the program.
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+    start, skipped, converted = time.perf_counter(), [], []
     for file in args.images:
-        pixel_values = preprocess(open_image(file), config)
-        probabilities = softmax(predict(session, pixel_values[None])[0])
-        best = np.argsort(-probabilities)[: args.top_k]
-        print(f"{file}: " + ", ".join(f"{labels[index]} {probabilities[index]:.1%}" for index in best))
+        name = one_line(file)
+        try:
+            answer, note = classify(session, file, config, labels, args.top_k)
+        except ValueError as error:
+            answer, note = f"bad: {one_line(error)}", None
+            skipped.append(f"{name}: {one_line(error)}")
+        if note:
+            converted.append(f"{name}: {note}")
+        print(f"{name}: {answer}", flush=True)
+    num_classified, seconds = len(args.images) - len(skipped), time.perf_counter() - start
+    report = [f"{num_classified} of {len(args.images)} files classified in {seconds:.1f} s"]
+    report += summary("skipped", skipped) + summary("converted", converted)
+    print(*report, sep="\n", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)

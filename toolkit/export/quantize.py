@@ -9,12 +9,13 @@ The weights use 7 of the 8 bits, because the int8 instructions of x86 processors
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..shared.console import needs
+from ..shared.folders import as_utf8, escaped, list_images
 
 
 with needs("export"):
@@ -28,34 +29,57 @@ with needs("export"):
         quantize_static,
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
     from .predict_onnx import open_image, predict, preprocess
 
 
-def find_images(directory: Path, limit: int) -> list[Path]:
-    """At most `limit` of the images in a folder and its sub-folders: a random sample that is always the same."""
-    files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
+def find_images(directory: Path, limit: int) -> tuple[list[str], list[str]]:
+    """
+    At most `limit` of the images in a folder and its sub-folders, a random sample that is always the same, and notes
+    on what the folder holds beside images.
+    """
+    listing = list_images(directory)
+    if not listing.files:
         raise ValueError(f"{directory} has no images.")
-    return random.Random(0).sample(files, min(limit, len(files)))
+    return random.Random(0).sample(listing.files, min(limit, len(listing.files))), listing.notes()
 
 
-def find_labelled_images(directory: Path, labels: list[str]) -> list[tuple[str, int]]:
-    """Files and label numbers of a folder with one sub-folder per class, named like the model's label."""
-    names = find_classes(directory)[0]
-    for name in names:
-        if name not in labels:
+def find_labelled_images(directory: Path, labels: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
+    """
+    Files and label numbers of a folder with one sub-folder per class, named like the model's label, and notes on what
+    the folder holds beside images.
+    """
+    listing = list_images(directory)
+    images = []
+    for name, files in listing.by_subfolder().items():
+        label = as_utf8(name)
+        if label not in labels:
             known = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
-            raise ValueError(f"{directory / name} is not named like a label of the model: rename it to one of {known}")
-    return make_dataset(directory, {name: labels.index(name) for name in names}, extensions=IMG_EXTENSIONS)
+            raise ValueError(
+                f"{directory / escaped(name)} is not named like a label of the model: rename it to one of {known}"
+            )
+        images += [(file, labels.index(label)) for file in files]
+    if not images:
+        raise ValueError(f"{directory} has no images in sub-folders named like the model's labels.")
+    return images, listing.notes()
 
 
-def read_batches(files: list[Path | str], preprocessing: dict, batch_size: int) -> Iterator[np.ndarray]:
-    """Prepared images of shape (batch_size, num_channels, height, width); the last batch may be smaller."""
+def read_batches(files: Sequence[str], preprocessing: dict, batch_size: int) -> Iterator[np.ndarray]:
+    """
+    Prepared images of shape (batch_size, num_channels, height, width); the last batch may be smaller.
+
+    Raises:
+        ValueError: for a file that cannot be used, by its name.
+    """
     for start in range(0, len(files), batch_size):
-        images = [preprocess(open_image(file), preprocessing) for file in files[start : start + batch_size]]
-        yield np.stack(images)
+        yield np.stack([prepare(file, preprocessing) for file in files[start : start + batch_size]])
+
+
+def prepare(file: str, preprocessing: dict) -> np.ndarray:
+    try:
+        return preprocess(open_image(file), preprocessing)
+    except ValueError as error:
+        raise ValueError(f"{escaped(file)} cannot be used: {error}") from error
 
 
 class CalibrationImages(CalibrationDataReader):
@@ -76,7 +100,7 @@ def linear_layers(file: Path) -> list[str]:
     return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and weights & set(node.input[:2])]
 
 
-def quantize(file: Path, output: Path, calibration: list[Path], preprocessing: dict) -> None:
+def quantize(file: Path, output: Path, calibration: Sequence[str], preprocessing: dict) -> None:
     """
     Writes a model with its Linear layers in int8.
 
@@ -94,7 +118,7 @@ def quantize(file: Path, output: Path, calibration: list[Path], preprocessing: d
         write_int8(prepared, output, calibration, preprocessing)
 
 
-def write_int8(file: Path, output: Path, calibration: list[Path], preprocessing: dict) -> None:
+def write_int8(file: Path, output: Path, calibration: Sequence[str], preprocessing: dict) -> None:
     options = {
         "nodes_to_quantize": linear_layers(file),
         "op_types_to_quantize": ["MatMul", "Gemm"],

@@ -28,6 +28,8 @@ from .results import Results, read_results
 LICENSE = Path(hpool_vit.__file__).with_name("LICENSE")
 LONGEST_SIDE = 1024
 TEXT_ENDINGS = (".json", ".md", ".py", "")
+# What stands before a path of its own: nothing that could be part of a longer one, or an escaped line break of JSON.
+PATH_START = r"(?:(?<![\w.~@%-])|(?<=\\[nrt]))"
 
 
 def prepare_repository(
@@ -204,8 +206,8 @@ def check_private(repository: Path, source: Path):
             continue
         text = file.read_text(encoding="utf-8")
         for place in sorted(places):
-            # Not as the beginning of another name.
-            if re.search(re.escape(place) + r"(?![\w-])", text):
+            # A whole path: neither the end of another one, such as /model in owner/model, nor the beginning of a name.
+            if re.search(PATH_START + re.escape(place) + r"(?![\w-])", text):
                 raise ValueError(
                     f"{file.relative_to(repository)} would name the local folder {place}: remove it from the "
                     f"configuration or the card in {source}."

@@ -205,6 +205,16 @@ class TestTheFiles:
         files = [file for file, _ in find_examples(["ant"], tmp_path / "photos", tmp_path)]
         assert len(files) == MAX_EXAMPLES and {file.split("/")[-2] for file in files} == {"ant", "bee", "cat"}
 
+    def test_examples_are_real_images_each_once(self, tmp_path):
+        folder = write_folder(tmp_path / "photos", per_class=2)
+        (folder / "ant" / "up").symlink_to(folder)
+        (folder / "bee" / "again.png").symlink_to(folder / "ant" / "0.png")
+        for name in ("__MACOSX/._0.png", "@eaDir/0.png", "cat/._0.png"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(encoded(picture()))
+        files = [file for file, _ in find_examples(["ant"], folder, tmp_path)]
+        assert files == [f"{folder}/{label}/{number}.png" for label in ("ant", "bee", "cat") for number in range(2)]
+
     def test_a_page_without_the_packages_of_the_digits_has_no_examples(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
         assert find_examples([str(digit) for digit in range(10)], None, tmp_path) == []

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import threading
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from hpool_vit.toolkit import command
 from hpool_vit.toolkit.hub import push as push_module
 from hpool_vit.toolkit.hub.card import write_model_card
 from hpool_vit.toolkit.hub.earlier_card import split_sections, without_local_paths
-from hpool_vit.toolkit.hub.repository import prepare_repository
+from hpool_vit.toolkit.hub.repository import check_private, prepare_repository
 from hpool_vit.toolkit.hub.results import read_results
 
 
@@ -286,6 +287,32 @@ def test_a_folder_that_cannot_be_shared_is_refused_and_nothing_is_left(how, mess
     spoil(trained, how)
     assert message in error_of(lambda: prepare(trained), capsys)
     assert os.listdir(trained.parent) == ["trained"]
+
+
+@pytest.mark.parametrize(
+    "text, is_private",
+    [
+        ('"model": "me/model"', False),
+        ("https://huggingface.co/me/model", False),
+        ("../model and ~/model and me-/model", False),
+        ("/models and /model-2", False),
+        ('"model": "/model"', True),
+        ("(/model/notes.txt)", True),
+        ("--output_dir=/model", True),
+        ("file:///model", True),
+        ('"notes": "first\\n/model"', True),
+    ],
+)
+def test_a_local_folder_is_found_as_a_path_and_not_at_the_end_of_an_id(text, is_private, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ValueError, match="local folder /model:") if is_private else nullcontext():
+        check_private(tmp_path, Path("/model"))
+
+
+def test_a_repository_id_may_end_like_a_local_folder(trained, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/insects"))
+    repository = prepare(trained, repo_id="bees/insects")
+    assert "bees/insects" in (repository / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
