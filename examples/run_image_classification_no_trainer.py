@@ -212,11 +212,9 @@ def train(run: TrainingRun):
     run.start(checkpoint)
     loop = Loop(run)
     metrics = loop.train(checkpoint)
-    with run.final_weights():
-        loop.save_model(run.output_dir)
-        write_report(run, loop.model, loop.accelerator, metrics, loop.progress.history)
-    if run.is_main_process:
-        (run.output_dir / "all_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    with run.final_weights(), run.results(loop.accelerator) as folder:
+        loop.save_model(folder)
+        write_report(run, folder, loop.model, loop.accelerator, metrics, loop.progress.history)
     loop.accelerator.wait_for_everyone()
     loop.accelerator.end_training()
 

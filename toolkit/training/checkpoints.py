@@ -1,6 +1,7 @@
 """
-Checkpoints that are either complete or ignored. The last file written into a checkpoint lists all of its files with
-their sizes. If a process is killed or the disk is full, the earlier checkpoints stay as they are.
+Checkpoints and results that are either complete or ignored. The last file written into a checkpoint lists all of its
+files with their sizes. If a process is killed or the disk is full, the earlier checkpoints stay as they are. The files
+of a finished run are written in a folder of their own, and move when all of them are on the disk.
 """
 
 import contextlib
@@ -22,10 +23,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
+UNFINISHED = ".unfinished"
+# What `torch.save` says when it cannot write.
+TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter|inline_container|iostream")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written. The message says why, and names the last complete checkpoint."""
+    """
+    A checkpoint or the results cannot be written. The message says why, and names the last complete checkpoint.
+    """
 
 
 def step_of(folder: Path) -> int:
@@ -89,24 +95,67 @@ def write_checkpoint(folder: Path, *, is_main_process: bool, wait_for_everyone, 
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_main_process:
             remove(folder)
-        last = find_last_checkpoint(folder.parent)
-        kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint"
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{folder} cannot be written: {reason}. {kept}. Free some disk space and run the same command again."
-        ) from error
+        raise cannot_be_written(folder, folder.parent, error) from error
     if is_main_process and keep:
         earlier = [path for path in list_checkpoints(folder.parent) if step_of(path) < step_of(folder)]
         for old in earlier[: max(len(earlier) - keep + 1, 0)]:
             remove(old)
 
 
+@contextlib.contextmanager
+def write_results(output_dir: Path, *, is_main_process: bool, wait_for_everyone) -> Iterator[Path]:
+    """
+    The block writes the files of a finished run into the folder that it gets, in every process. After the block they
+    are in `output_dir`; after an error none of them is.
+
+    Args:
+        output_dir: the output folder. The folder of the block has the same name.
+        is_main_process, wait_for_everyone: as for `write_checkpoint`.
+
+    Raises:
+        CheckpointError: if the block fails to write.
+    """
+    folder = output_dir / UNFINISHED / output_dir.resolve().name
+    try:
+        if is_main_process:
+            remove(folder.parent)  # of a run that was killed here
+            folder.mkdir(parents=True)
+        wait_for_everyone()
+        yield folder
+        wait_for_everyone()
+        if is_main_process:
+            sync(folder)
+            for file in folder.iterdir():
+                os.replace(file, output_dir / file.name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not TORCH_CANNOT_WRITE.search(str(error)):
+            raise
+        raise cannot_be_written(output_dir, output_dir, error) from error
+    finally:
+        if is_main_process:
+            remove(folder.parent)
+
+
+def cannot_be_written(folder: Path, output_dir: Path, error: Exception) -> CheckpointError:
+    last = find_last_checkpoint(output_dir)
+    kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint"
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return CheckpointError(
+        f"{folder} cannot be written: {reason}. {kept}. Free some disk space and run the same command again."
+    )
+
+
+def sync(folder: Path):
+    """Waits until all files of a folder are on the disk."""
+    for name in sizes_of(folder):
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def mark_complete(folder: Path):
     """Writes the list of files into a checkpoint, once all of them are on the disk."""
     sizes = sizes_of(folder)
-    for name in sizes:
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
+    sync(folder)
     draft = folder / (MANIFEST + ".part")
     with open(draft, "w") as file:
         json.dump({"files": sizes}, file, indent=2)

@@ -1,7 +1,6 @@
 """What a training run leaves behind: accuracy of each class, pictures, log, model card, speed and hardware."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -18,6 +17,7 @@ import hpool_vit
 from ..hub.card import write_model_card
 from ..shared.console import needs, one_line
 from ..shared.figures import save_figure
+from ..shared.files import write_json
 from ..shared.measuring import resident_bytes
 from .arguments import full_record
 from .evaluation import check_scores, load_metric
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 BAD_IMAGES = "bad_images.json"
 LOG = "log.json"
 SCHEDULES = "schedules.json"
+RESULTS = "all_results.json"
 CURVES_NAME = "curves.png"
 CONFUSION_MATRIX_NAME = "confusion_matrix.png"
 PER_CLASS_NAME = "per_class_accuracy.csv"
@@ -58,13 +59,19 @@ CURVES = {
 
 
 def write_report(
-    run: "TrainingRun", model: nn.Module, accelerator: Accelerator, results: dict[str, Any], log: list[dict[str, Any]]
+    run: "TrainingRun",
+    folder: Path,
+    model: nn.Module,
+    accelerator: Accelerator,
+    results: dict[str, Any],
+    log: list[dict[str, Any]],
 ):
     """
-    Writes the files and the model card of a finished run into its output folder. Every process calls this.
+    Writes the files and the model card of a finished run. Every process calls this.
 
     Args:
         run: the run.
+        folder: where to write them, of `run.results`.
         model: the model with its final weights, as the loop holds it.
         accelerator: of the loop.
         results: metrics of the last evaluation, and the loop's `train_runtime` and `train_samples_per_second`.
@@ -72,28 +79,29 @@ def write_report(
     """
     scores, labels = run.evaluator.predict(model, accelerator)
     by_schedule = run.evaluator.evaluate_schedules(model, accelerator, run.schedules)
-    run.records.write(run.output_dir / BAD_IMAGES, run.is_main_process)
+    run.records.write(folder / BAD_IMAGES, run.is_main_process)
     if not run.is_main_process:
         return
     if by_schedule:
-        (run.output_dir / SCHEDULES).write_text(json.dumps(by_schedule, indent=2) + "\n")
-    (run.output_dir / LOG).write_text(json.dumps(log, indent=2) + "\n")
-    draw_curves(log, run.output_dir / CURVES_NAME)
+        write_json(folder / SCHEDULES, by_schedule)
+    write_json(folder / LOG, log)
+    write_json(folder / RESULTS, results)
+    draw_curves(log, folder / CURVES_NAME)
     print(run.records.bad_images.summary(), flush=True)
-    final = final_report(scores, labels, run.data.class_names, run.output_dir)
+    final = final_report(scores, labels, run.data.class_names, folder)
     saved = "eval_ema_" if run.average else "eval_"
     shown = {name: results[saved + name] for name in ("top1", "top5", "loss")}
     shown |= {f"top-1 with schedule {name}": f"{top1:.2%}" for name, top1 in by_schedule.items()}
     shown |= {name: final[name] for name in ("num_images", "mean_class_accuracy")}
-    write_card(run, shown, results["train_runtime"], results["train_samples_per_second"])
+    write_card(run, folder, shown, results["train_runtime"], results["train_samples_per_second"])
 
 
-def write_card(run: "TrainingRun", results: dict[str, Any], seconds: float, images_per_second: float):
+def write_card(run: "TrainingRun", folder: Path, results: dict[str, Any], seconds: float, images_per_second: float):
     """The model card of a finished run, with recipe, data, results and hardware."""
     args, training = run.args, run.args.training
     source = args.data.dataset_name or args.data.train_dir or ", ".join(args.data.train_files)
     write_model_card(
-        run.output_dir,
+        folder,
         model=run.model,
         label_names=run.data.class_names,
         recipe=full_record(args),

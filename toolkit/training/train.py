@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import typer
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..shared.console import needs
@@ -117,12 +118,14 @@ def train(run: TrainingRun):
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = {**result.metrics, **trainer.evaluate()}
     with run.final_weights():
-        trainer.save_model()
-        write_report(run, trainer.model_wrapped, trainer.accelerator, metrics, trainer.state.log_history)
-    trainer.save_metrics("all", metrics, combined=False)
-    trainer.save_state()
-    if run.args.training.push_to_hub:
-        trainer.push_to_hub()
+        with run.results(trainer.accelerator) as folder:
+            trainer.save_model(str(folder), _internal_call=True)
+            write_report(run, folder, trainer.model_wrapped, trainer.accelerator, metrics, trainer.state.log_history)
+            if run.is_main_process:
+                trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        # This saves the model again.
+        if run.args.training.push_to_hub:
+            trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
