@@ -304,7 +304,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
     base_model: Any  # `HPoolViTModel`, a name that Transformers cannot resolve here
     base_model_prefix = "hpool_vit"
     main_input_name = "pixel_values"
-    input_modalities = ["image"]
+    input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -179,6 +179,15 @@ def test_the_first_hidden_states_are_the_embeddings_and_the_others_each_blocks_o
         torch.testing.assert_close(state, other)
 
 
+@pytest.mark.parametrize(("wanted", "given"), [(2, [2]), (-1, [4]), ([0, 2], [0, 2]), ([-1, 1], [1, 4])], ids=str)
+def test_single_hidden_states_can_be_asked_for(wanted, given, pixel_values):
+    model = tiny_model()
+    every = model(pixel_values, output_hidden_states=True).hidden_states
+    states = model(pixel_values, output_hidden_states=wanted).hidden_states
+    assert [index for index, state in enumerate(states) if state is not None] == given
+    assert all(torch.equal(states[index], every[index]) for index in given)
+
+
 def test_attentions_are_probabilities_over_the_remaining_tokens(pixel_values):
     model = tiny_model()
     model.set_attn_implementation("eager")
@@ -393,12 +402,14 @@ def test_each_dropout_acts_in_training_and_only_there(field, pixel_values):
 @pytest.mark.parametrize("ln_order", LN_ORDERS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("pool_mode", ["max", "merge"])
-def test_gradient_checkpointing_changes_no_gradient(ln_order, use_reentrant, pool_mode, pixel_values):
+def test_activation_checkpointing_changes_no_gradient(ln_order, use_reentrant, pool_mode, pixel_values):
     gradients = []
     for checkpointing in (False, True):
         model = tiny_model(ln_order=ln_order, pool_mode=pool_mode, proportional_attention=True).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            # The name before Transformers 5.23.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": use_reentrant})
         model(pixel_values, labels=torch.tensor([0, 1])).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import CODE, TESTS, run_python, tiny_model
+from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from hpool_vit import (
@@ -32,6 +33,7 @@ def test_a_saved_folder_does_everything_without_the_package_and_so_does_its_copy
     with torch.no_grad():
         expected = HPoolViTForImageClassification.from_pretrained(saved_folder)(pixel_values).logits
     assert first["logits"] == second["logits"] == expected.tolist()
+    assert first["weights_that_differ"] == second["weights_that_differ"] == []
     assert first["pooled"] == second["pooled"]
     assert first["processors"]["pil"] == "HPoolViTImageProcessorPil"
     assert first["processors"]["None"] == "HPoolViTImageProcessor" + ("Pil" if hidden else "")
@@ -158,3 +160,24 @@ def test_loading_fills_no_weights_before_it_reads_them(saved_folder, monkeypatch
     assert not filled
     tiny_model()
     assert filled  # a new model is filled
+
+
+def test_the_pipeline_gets_files_of_every_kind_through_the_image_processor(saved_folder, tmp_path):
+    classifier = pipeline("image-classification", model=saved_folder)
+    processor, model = classifier.image_processor, classifier.model
+    clear = Image.linear_gradient("L").resize((60, 40)).convert("RGBA")
+    clear.putalpha(Image.radial_gradient("L").resize((60, 40)))
+    deep = Image.fromarray((torch.arange(2400).reshape(40, 60) * 27).numpy().astype("uint16"))
+    for name, image in (("clear.png", clear), ("deep.png", deep)):
+        image.save(tmp_path / name)
+        path = str(tmp_path / name)
+        with torch.no_grad():
+            expected = model(**processor(path, return_tensors="pt")).logits.softmax(-1)[0]
+        answers = classifier(processor.fetch_images(path))
+        given = torch.tensor([a["score"] for a in sorted(answers, key=lambda a: model.config.label2id[a["label"]])])
+        torch.testing.assert_close(given, expected)
+        # Given the path itself, Transformers decodes the file before the image processor sees it.
+        by_path = torch.tensor(
+            [a["score"] for a in sorted(classifier(path), key=lambda a: model.config.label2id[a["label"]])]
+        )
+        assert not torch.allclose(by_path, expected, atol=1e-4)

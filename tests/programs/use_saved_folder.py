@@ -8,6 +8,7 @@ import sys
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,6 +32,7 @@ processors = {
     for backend in (None, "torchvision", "pil")
     if backend != "torchvision" or sys.modules.get("torchvision", True) is not None
 }
+saved = load_file(f"{folder}/model.safetensors")
 pixel_values = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
 with torch.no_grad():
     result = {
@@ -40,6 +42,13 @@ with torch.no_grad():
         "processors": {backend: type(processor).__name__ for backend, processor in processors.items()},
         "pixels": {b: p(image, return_tensors="pt").pixel_values.mean().item() for b, p in processors.items()},
     }
+# Some versions of Transformers gave custom models random weights without a word.
+result["weights_that_differ"] = [
+    name
+    for loaded, prefix in ((model, ""), (base, "hpool_vit."))
+    for name, weight in loaded.state_dict().items()
+    if not torch.equal(weight, saved[prefix + name])
+]
 result["classes"] = pipeline("image-classification", model=folder, **trust)(image)
 features = pipeline("image-feature-extraction", model=folder, **trust)(image, return_tensors="pt")
 result["feature_shape"] = list(features.shape)

@@ -77,6 +77,11 @@ def config_overrides(args: ModelArguments) -> dict[str, Any]:
     choices = overrides.get("hvt_pool_choices")
     if choices and "hvt_pool" not in overrides:
         overrides["hvt_pool"] = choices[0]
+    if choices and (overrides["hvt_pool"] or None) not in [choice or None for choice in choices]:
+        raise ValueError(
+            f"`hvt_pool={overrides['hvt_pool']}` is not one of `hvt_pool_choices={choices}`, so no step would train "
+            "it: choose one of them, or add it."
+        )
     return overrides
 
 

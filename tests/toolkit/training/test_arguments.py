@@ -143,6 +143,10 @@ def test_the_command_line_is_kept_for_the_model_card(tmp_path):
 def test_a_choice_of_several_schedules_is_evaluated_with_the_first(tmp_path):
     overrides = config_overrides(parse(tmp_path, "--hvt_pool_choices", "2;none;1,3").model)
     assert overrides["hvt_pool"] == [2] and overrides["hvt_pool_choices"] == [[2], None, [1, 3]]
+    unpooled = config_overrides(parse(tmp_path, "--hvt_pool", "none", "--hvt_pool_choices", "2;none").model)
+    assert unpooled["hvt_pool"] is None or unpooled["hvt_pool"] == []
+    with pytest.raises(ValueError, match=r"`hvt_pool=\[3\]` is not one of `hvt_pool_choices=\[\[2\], None\]`"):
+        config_overrides(parse(tmp_path, "--hvt_pool", "3", "--hvt_pool_choices", "2;none").model)
 
 
 def test_the_help_starts_with_examples_and_explains_every_flag_that_has_an_effect():
