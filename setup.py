@@ -17,6 +17,8 @@ PREDICT = [*VISUALIZE, "accelerate>=1.10", "requests"]
 TRAIN = [*PREDICT, "datasets>=5.0", "evaluate>=0.4.6", "pandas", "psutil", "scikit-learn"]
 EXPORT = [*VISION, "onnx", "onnxscript", "onnxruntime"]
 DEMO = [*VISUALIZE, "gradio>=6"]
+# Photos of phones; every command reads them if it is there.
+HEIF = ["pillow-heif"]
 EXAMPLES = [*TRAIN, "tensorboard"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "parameterized", "timm", "playwright"]
@@ -59,7 +61,8 @@ setup(
         "train": TRAIN,
         "export": EXPORT,
         "demo": DEMO,
-        "all": [*TRAIN, *EXPORT, *DEMO],
+        "heif": HEIF,
+        "all": [*TRAIN, *EXPORT, *DEMO, *HEIF],
         "examples": EXAMPLES,
         "docs": DOCS,
         "test": [*EXAMPLES, *EXPORT, *DEMO, *DOCS, *TEST],

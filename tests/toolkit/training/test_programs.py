@@ -1,8 +1,10 @@
 """The two training programs: `hpool-vit train`, and the example with a loop of its own."""
 
 import contextlib
+import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -129,6 +131,28 @@ def test_bad_images_are_skipped_and_named_at_the_end(program, tmp_path, capsys):
         assert name in printed
         assert any(record["name"].endswith(name) and reason in record["reason"] for record in records)
     assert f"{len(BAD_FILES)} images skipped" in (tmp_path / "out" / "README.md").read_text()
+
+
+@both_programs
+def test_a_class_without_validation_images_has_no_accuracy_and_no_effect(program, tmp_path, capsys):
+    train = write_folder(tmp_path / "train")
+    (train / "bee" / "0.png").rename(os.fsdecode(os.fsencode(train) + b"/bee/caf\xe9.png"))
+    (train / "ant" / "up").symlink_to(tmp_path)
+    (train / "cat" / "photo.xyz").touch()
+    validation = write_folder(tmp_path / "validation", ("ant", "cat"), per_class=4)
+    (validation / "bee").mkdir()
+    out = tmp_path / "out"
+    results = run(program, out, f"--train_dir {train} --validation_dir {validation} --num_train_epochs 1")
+    assert results["eval_images"] == 8
+    rows = list(csv.DictReader((out / "per_class_accuracy.csv").read_text().splitlines()))
+    assert [row["images"] for row in rows] == ["4", "0", "4"]
+    assert rows[1]["accuracy"] == "" and all(row["accuracy"] for row in (rows[0], rows[2]))
+    mean = (float(rows[0]["accuracy"]) + float(rows[2]["accuracy"])) / 2
+    assert f"| Mean class accuracy | {mean:.2%} |" in (out / "README.md").read_text()
+    assert (out / "confusion_matrix.png").is_file()
+    printed = capsys.readouterr().out
+    assert f"{train}: 1 file with other endings was left out: .xyz" in printed
+    assert f"{train}: 1 link to what is read elsewhere was left out: ant/up" in printed
 
 
 @both_programs
