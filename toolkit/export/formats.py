@@ -1,5 +1,6 @@
 """The formats that a model is exported to: how to trace it, write it, and open it again."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +84,18 @@ def open_onnx(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda pixel_values: torch.from_numpy(predict(session, pixel_values.numpy()))
 
 
+def write_torch_export(program: ExportedProgram, file: Path) -> None:
+    # On a full disk PyTorch's own writer ends the whole process.
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
+    file.write_bytes(archive.getbuffer())
+
+
 def open_torch_export(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return torch.export.load(file).module()
 
 
 FORMATS = {
     "onnx": Format("model.onnx", check_onnx_packages, write_onnx, open_onnx),
-    "torch_export": Format("model.pt2", lambda: None, torch.export.save, open_torch_export),
+    "torch_export": Format("model.pt2", lambda: None, write_torch_export, open_torch_export),
 }

@@ -17,6 +17,7 @@ from hpool_vit import HPoolViTConfig
 
 from ..shared.console import needs, parse_value
 from ..shared.figures import save_figure
+from ..shared.files import written_whole
 from ..shared.images import BadImageError, decode_image, read_image
 from ..shared.saved_model import SavedModelError, load_saved_model
 from .trace import PoolingTrace, block_macs, trace_pooling
@@ -119,7 +120,12 @@ def write_tensors(trace: PoolingTrace, config: HPoolViTConfig, names: list[str],
     """
     macs = torch.tensor(block_macs(config, trace.rollout.shape[1]))
     metadata = {"images": names, "pool_mode": config.pool_mode, "hvt_pool": config.hvt_pool or []}
-    save_file({**trace.tensors(), "macs_per_block": macs}, path, {key: json.dumps(metadata[key]) for key in metadata})
+    with written_whole(Path(path)) as part:
+        save_file(
+            {**trace.tensors(), "macs_per_block": macs},
+            part,
+            {key: json.dumps(value) for key, value in metadata.items()},
+        )
 
 
 def load_model(name: str, **overrides) -> tuple[PreTrainedModel, BaseImageProcessor]:

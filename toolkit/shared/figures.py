@@ -2,7 +2,10 @@
 
 import os
 import warnings
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+from .files import written_whole
 
 
 if TYPE_CHECKING:
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
 
 def save_figure(figure: "Figure", file: str | os.PathLike | IO[bytes], dpi: int = 130) -> None:
     """
-    Writes a figure.
+    Writes a figure. A file appears when it is complete.
 
     Args:
         figure (`matplotlib.figure.Figure`): the figure.
@@ -21,4 +24,9 @@ def save_figure(figure: "Figure", file: str | os.PathLike | IO[bytes], dpi: int 
     with warnings.catch_warnings():
         # Matplotlib's font lacks many scripts, whose letters become boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(file, dpi=dpi)
+        ending = Path(file).suffix if isinstance(file, str | os.PathLike) else ""
+        if not ending:
+            figure.savefig(file, dpi=dpi)
+            return
+        with written_whole(Path(file)) as part:
+            figure.savefig(part, dpi=dpi, format=ending[1:])

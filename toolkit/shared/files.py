@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 def check_output_dir(output_dir: str | Path) -> None:
     """
@@ -35,11 +37,13 @@ def folder_written_whole(output_dir: str | Path) -> Iterator[Path]:
 
     Raises:
         ValueError: if `output_dir` is a file, or a folder that is not empty.
+        OSError: if the block cannot write, also where it writes safetensors.
     """
     output_dir = Path(output_dir).resolve()
     check_output_dir(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with (
+        _disk_errors(output_dir),
         _exit_on_sigterm(),
         tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch,
     ):
@@ -47,6 +51,15 @@ def folder_written_whole(output_dir: str | Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         folder.replace(output_dir)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """An error of safetensors, which has a type of its own, becomes an `OSError` like any other of a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 @contextlib.contextmanager
@@ -77,7 +90,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(path.name + ".part")
     try:
-        yield part
+        with _disk_errors(path):
+            yield part
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

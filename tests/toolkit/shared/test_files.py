@@ -1,6 +1,7 @@
 """Files and folders are written completely or not at all."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hpool_vit.toolkit.shared.files import check_output_dir, folder_written_whole, read_json, write_json, written_whole
 
@@ -56,6 +59,21 @@ def test_nothing_is_left_after_an_error(error, tmp_path):
     with pytest.raises(type(error)), folder_written_whole(tmp_path / "model") as folder:
         (folder / "half").touch()
         raise error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("written", [folder_written_whole, written_whole])
+def test_a_full_disk_is_the_same_error_where_safetensors_writes(written, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match=r"model cannot be written: .*[Ff]ile too large"),
+            written(tmp_path / "model") as path,
+        ):
+            save_file({"weights": torch.zeros(100_000)}, path / "weights" if path.is_dir() else path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
+from safetensors.torch import save_file
 
 from hpool_vit.toolkit.training.checkpoints import (
     CheckpointError,
@@ -17,6 +18,7 @@ from hpool_vit.toolkit.training.checkpoints import (
     is_complete,
     list_checkpoints,
     write_checkpoint,
+    write_results,
 )
 
 
@@ -98,6 +100,52 @@ def test_a_disk_that_refuses_to_write_is_reported_and_the_earlier_checkpoint_sta
     assert "The last complete checkpoint is" in str(error.value) and "checkpoint-1" in str(error.value)
     assert not (tmp_path / "checkpoint-2").exists()
     assert is_complete(tmp_path / "checkpoint-1")
+
+
+def results(output_dir: Path):
+    return write_results(output_dir, is_main_process=True, wait_for_everyone=lambda: None)
+
+
+def test_the_results_of_a_run_appear_together_under_the_name_of_its_folder(tmp_path):
+    output_dir = tmp_path / "ants"
+    write(output_dir / "checkpoint-1", {"a": b"1"})
+    (output_dir / "README.md").write_text("of an earlier run")
+    with results(output_dir) as folder:
+        assert folder.name == "ants"
+        (folder / "README.md").write_text("new")
+        (folder / "weights").write_bytes(b"new")
+        assert (output_dir / "README.md").read_text() == "of an earlier run"
+    assert (output_dir / "README.md").read_text() == "new"
+    assert sorted(path.name for path in output_dir.iterdir()) == ["README.md", "checkpoint-1", "weights"]
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: path.write_bytes(bytes(1_000_000)),
+        lambda path: torch.save(torch.zeros(250_000), path),
+        lambda path: save_file({"weights": torch.zeros(250_000)}, path),
+    ],
+    ids=["file", "torch", "safetensors"],
+)
+def test_results_that_the_disk_refuses_leave_nothing_and_name_the_last_checkpoint(save, tmp_path):
+    write(tmp_path / "checkpoint-1", {"a": b"1"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        message = r"cannot be written: .*The last complete checkpoint is .*-1\. Free"
+        with pytest.raises(CheckpointError, match=message), results(tmp_path) as folder:
+            (folder / "README.md").write_text("card")
+            save(folder / "weights")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"), results(tmp_path):
+        raise RuntimeError("out of memory")
+    assert not list(tmp_path.iterdir())
 
 
 WRITER = """
