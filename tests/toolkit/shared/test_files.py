@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+from hpool_vit.toolkit.shared.figures import save_figure
 from hpool_vit.toolkit.shared.files import check_output_dir, folder_written_whole, read_json, write_json, written_whole
 
 
@@ -151,3 +153,24 @@ def test_json_is_written_with_its_folders_and_read_again(tmp_path):
     path.write_bytes(b"\xff{")
     with pytest.raises(ValueError, match=r"record\.json is not a JSON file"):
         read_json(path)
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
+    save_figure(Figure(figsize=(2, 2)), tmp_path / "curves.png")
+    before = (tmp_path / "curves.png").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            save_figure(Figure(figsize=(9, 9)), tmp_path / "curves.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "curves.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+@pytest.mark.parametrize("name", ["curves.png", "curves.svg", "curves.PDF"])
+def test_the_ending_decides_the_format_of_a_figure(name, tmp_path):
+    save_figure(Figure(figsize=(1, 1)), tmp_path / name)
+    start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+    assert (tmp_path / name).read_bytes().startswith(start[(tmp_path / name).suffix.lower()])
