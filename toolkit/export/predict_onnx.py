@@ -289,7 +289,8 @@ def main() -> int:
     blank = Image.new("RGB" if config.get("do_convert_rgb") else "L", (64, 64))
     check_image_size(session, preprocess(blank, config)[None])
     # A letter that the terminal cannot show must not stop the program.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     start, skipped, converted = time.perf_counter(), [], []
     for file in args.images:
@@ -311,7 +312,9 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
     except ValueError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    if status:
+        sys.exit(status)
