@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from models import find_model
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import to_pil_image
 from ways import STEPS, WAYS, Clock, Way, processors_for
 
 from hpool_vit.toolkit.export.export import random_images
 from hpool_vit.toolkit.shared.console import run
 from hpool_vit.toolkit.shared.files import write_json
+from hpool_vit.toolkit.shared.folders import list_images
 from hpool_vit.toolkit.shared.measuring import format_table, quartiles, timer
 
 
@@ -45,10 +45,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def find_images(directory: Path, number: int) -> list[Path]:
     """The first `number` images of a folder and its sub-folders."""
-    files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    files = list_images(directory).files
     if not files:
-        raise ValueError(f"--images_dir {directory} has no images ({', '.join(IMG_EXTENSIONS)}).")
-    return files[:number]
+        raise ValueError(f"--images_dir {directory} has no images.")
+    return [Path(file) for file in files[:number]]
 
 
 def make_photos(folder: Path, number: int) -> list[Path]:

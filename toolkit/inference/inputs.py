@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..shared.console import needs
 from ..shared.folders import list_images
-from ..shared.images import BadImageError, decode_image
+from ..shared.images import BadImageError, check_size, decode_image
 
 
 with needs("predict"):
@@ -20,7 +20,6 @@ with needs("predict"):
     import urllib3
 
 
-MAX_BYTES = 1 << 30
 USER_AGENT = {"User-Agent": "hpool-vit-predict"}
 
 
@@ -83,7 +82,7 @@ def read_bytes(name: str, timeout: float) -> bytes:
         timeout: seconds until an address must have sent everything.
 
     Raises:
-        BadImageError: if there is nothing to read, or more than `MAX_BYTES`.
+        BadImageError: if there is nothing to read, or more than `images.MAX_BYTES`.
     """
     if is_address(name):
         return download(name, timeout)
@@ -128,11 +127,6 @@ def download(address: str, timeout: float) -> bytes:
     if missing:
         raise BadImageError(f"truncated: {missing} bytes are missing")
     return b"".join(parts)
-
-
-def check_size(size: int) -> None:
-    if size > MAX_BYTES:
-        raise BadImageError(f"too large: more than {MAX_BYTES >> 20} MiB")
 
 
 def read_image(name: str, timeout: float) -> tuple[Image.Image, str | None]:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ from .console import needs
 
 # Files in these modes can look different in RGB, so the report lists them.
 REPORTED_MODES = {"CMYK": "CMYK", "P": "palette", "PA": "palette"}
+# A larger file is not read.
+MAX_BYTES = 1 << 30
 # Pillow knows these files by their beginning, but does not decode them.
 FORMATS_WITHOUT_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -65,17 +68,28 @@ def read_image(image: dict | None) -> bytes:
             or a file at a path or web address.
 
     Raises:
-        BadImageError: if there are no bytes.
+        BadImageError: if there are no bytes, or more than `MAX_BYTES`.
     """
     if image is None or (image["bytes"] is None and not image["path"]):
         raise BadImageError("no image")
     if image["bytes"] is not None:
         return image["bytes"]
+    path = image["path"]
     try:
-        with open_path(image["path"]) as file:
-            return file.read()
+        if os.path.isfile(path):
+            check_size(os.path.getsize(path))
+        with open_path(path) as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise BadImageError(f"unreadable: {error.strerror or error}") from error
+    check_size(len(data))
+    return data
+
+
+def check_size(size: int) -> None:
+    """Raises a `BadImageError` for a file of more than `MAX_BYTES`."""
+    if size > MAX_BYTES:
+        raise BadImageError(f"too large: more than {MAX_BYTES >> 20} MiB")
 
 
 def open_path(path: str) -> BinaryIO:

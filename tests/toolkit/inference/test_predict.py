@@ -27,6 +27,7 @@ from hpool_vit import HPoolViTImageProcessor
 from hpool_vit.toolkit import command
 from hpool_vit.toolkit.inference import inputs, writing
 from hpool_vit.toolkit.inference.predict import predict
+from hpool_vit.toolkit.shared import images
 
 
 COMMAND = "hpool_vit.toolkit.command"
@@ -301,7 +302,7 @@ def test_addresses_are_fetched_and_those_that_fail_are_bad_files(server, model, 
 
 
 def test_an_address_that_gives_too_much_is_left(server, monkeypatch):
-    monkeypatch.setattr(inputs, "MAX_BYTES", 100)
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="too large"):
         inputs.read_image(f"{server.address}/sound.png", timeout=5)
 

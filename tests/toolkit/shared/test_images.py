@@ -8,7 +8,14 @@ import PIL.Image
 import pytest
 from image_files import BAD_FILES, CONVERTED_FILES, encoded, picture
 
-from hpool_vit.toolkit.shared.images import BadImageError, BadImages, TooManyBadImagesError, decode_image, read_image
+from hpool_vit.toolkit.shared.images import (
+    MAX_BYTES,
+    BadImageError,
+    BadImages,
+    TooManyBadImagesError,
+    decode_image,
+    read_image,
+)
 
 
 def record(name, kind="skipped", reason="truncated"):
@@ -76,6 +83,13 @@ def test_a_missing_file_and_a_missing_image_are_bad_images(tmp_path):
     for nothing in (None, {"bytes": None, "path": None}):
         with pytest.raises(BadImageError, match="no image"):
             read_image(nothing)
+
+
+def test_a_file_of_more_than_a_gibibyte_is_refused_unread(tmp_path):
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(BadImageError, match=r"^too large: more than 1024 MiB$"):
+        read_image({"bytes": None, "path": str(tmp_path / "large.png")})
 
 
 def test_bad_images_are_counted_by_file_and_only_skipped_ones_count():
