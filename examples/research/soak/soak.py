@@ -7,7 +7,7 @@ Kill training, fill the disk, crowd the page and `hpool-vit predict` with odd fi
 Parts:
     killed   training is killed (SIGKILL) at random moments and started again; the final weights must be those of a
              run that nobody disturbed, to the bit
-    full     train, convert, export and predict run on disks that are too small
+    full     train, convert, export, predict and visualize run on disks that are too small
     crowded  4 clients at once give odd files to the demo page and to `hpool-vit predict`
     memory   the peak memory of decoding the largest images that are allowed
 
@@ -34,6 +34,7 @@ from memory import measure_memory
 from odd_files import write_odd_files
 from work import PROGRAMS, write_model, write_photos
 
+from hpool_vit.toolkit.shared.console import quiet
 from hpool_vit.toolkit.shared.files import read_json, write_json
 
 
@@ -52,7 +53,7 @@ def killed(folder: Path, short: bool, seed: int) -> dict[str, Any]:
 
 
 def full(folder: Path, short: bool, seed: int) -> dict[str, Any]:
-    return soak_full(folder, write_photos(folder / "photos"), write_model(folder / "model"), 1 if short else 5, seed)
+    return soak_full(folder, write_photos(folder / "photos"), write_model(folder / "model"), 1 if short else 3, seed)
 
 
 def crowded(folder: Path, short: bool, seed: int) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     stay_on_one_core()
+    quiet()
     results = read_json(args.output) if args.output.exists() else {}
     for name in args.parts:
         start = time.monotonic()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 from pathlib import Path
 
 import compare_runs
@@ -194,6 +195,23 @@ def test_a_finished_run_started_again_changes_nothing(program, tmp_path, photos)
     flags = f"--train_dir {photos} --num_train_epochs 1"
     run(program, tmp_path, flags)
     before = weights_of(tmp_path)
+    run(program, tmp_path, flags)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(tmp_path).items())
+
+
+@both_programs
+def test_a_full_disk_is_one_line_and_keeps_the_record_of_the_run(program, tmp_path, photos):
+    flags = f"--train_dir {photos} --num_train_epochs 1"
+    run(program, tmp_path, flags)
+    record, before = (tmp_path / "training.yaml").read_text(), weights_of(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        message = error_of(program, tmp_path, flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written: File too large. Free some disk space and run the same command again." in message
+    assert (tmp_path / "training.yaml").read_text() == record and not list(tmp_path.glob("*.part"))
     run(program, tmp_path, flags)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(tmp_path).items())
 
