@@ -53,7 +53,7 @@ def killed(folder: Path, short: bool, seed: int) -> dict[str, Any]:
 
 
 def full(folder: Path, short: bool, seed: int) -> dict[str, Any]:
-    return soak_full(folder, write_photos(folder / "photos"), write_model(folder / "model"), 1 if short else 3, seed)
+    return soak_full(folder, write_photos(folder / "photos"), write_model(folder / "model"), 1 if short else 2, seed)
 
 
 def crowded(folder: Path, short: bool, seed: int) -> dict[str, Any]:
