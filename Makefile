@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart demo test test-slow test-demo test-conformance test-oldest benchmark docs lint types \
+.PHONY: help quickstart demo test test-slow test-demo test-conformance test-oldest test-latest benchmark docs lint types \
 	format clean
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test-demo          test the demo page in a real browser, and install one if needed"
 	@echo "make test-conformance   run the suites that Transformers runs on its own models"
 	@echo "make test-oldest        run the test suite with the oldest supported versions"
+	@echo "make test-latest        run the test suite with the newest versions of everything, without pins"
 	@echo "make lint, make format  check or format the code with ruff"
 	@echo "make types              check the types of the core with mypy"
 	@echo "make clean              remove the environments, caches and builds"
@@ -61,6 +62,14 @@ benchmark: $(VENV)/.installed
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile
 
+# Made anew in each run, to get what is newest then.
+test-latest:
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --upgrade pip
+	.venv-latest/bin/python -m pip install --quiet --upgrade --editable ".[test]"
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist loadfile
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +88,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-latest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

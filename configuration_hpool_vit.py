@@ -166,8 +166,8 @@ class HPoolViTConfig(PreTrainedConfig):
         ln_order (`str`, defaults to `"residual"`):
             `"pre"`: x += A(LN(x)). `"post"`: x = LN(x + A(x)). `"residual"`: ResiDual (arXiv 2304.14802).
         hvt_pool (`list[int]`, *optional*, defaults to `[1, 5, 9]`):
-            Blocks, counted from 0, at whose input the tokens are pooled, rising; None or []: never. Changes in a
-            trained model with `model.set_hvt_pool([1])` or `from_pretrained(…, hvt_pool=[1])`.
+            The blocks at whose input the tokens are pooled, counted from 0, in rising order; None or []: no pooling.
+            Change it in a trained model with `model.set_hvt_pool([1])` or `from_pretrained(…, hvt_pool=[1])`.
         hvt_pool_choices (`list[list[int] | None]`, *optional*):
             The schedules to train for and to offer, in any order; None: only `hvt_pool`. If you pass it to
             `from_pretrained`, the model drops the stages that neither these schedules nor `hvt_pool` need.
@@ -457,13 +457,13 @@ class HPoolViTConfig(PreTrainedConfig):
 
         Args:
             name (`str`): `hvt-ti-1`, `hvt-s-0` … `hvt-s-4` or `scale-hvt-ti-4`.
-            overrides: fields that shall differ from the preset.
+            overrides: fields that replace those of the preset.
 
         Raises:
             ValueError: for an unknown name.
         """
         if name not in PRESETS:
-            raise ValueError(f"`name={name!r}` is no preset: choose one of {', '.join(PRESETS)}.")
+            raise ValueError(f"`name={name!r}` is not a preset: choose one of {', '.join(PRESETS)}.")
         width = PRESETS[name]["hidden_size"]
         preset = {
             **PRESETS[name],
@@ -528,7 +528,7 @@ class HPoolViTConfig(PreTrainedConfig):
         probabilities = ["dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "projection_dropout_prob"]
         for name in [*probabilities, "drop_path_rate"]:
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` is no probability in [0, 1).")
+                raise ValueError(f"`{name}={getattr(self, name)}` must be a probability in [0, 1).")
         for name in ("layer_norm_eps", "initializer_range"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}={getattr(self, name)}` must be a finite number above 0.")

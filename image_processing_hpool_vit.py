@@ -71,7 +71,7 @@ class HPoolViTImageProcessing(BaseImageProcessor):
 
         Args:
             config (`HPoolViTConfig`): the configuration of the model.
-            kwargs: attributes that shall differ, such as `image_mean`.
+            kwargs: attributes that replace those of the class, such as `image_mean`.
 
         Raises:
             ValueError: for a model of other than RGB images, unless `do_convert_rgb=False` is among `kwargs`.
@@ -89,7 +89,7 @@ class HPoolViTImageProcessing(BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         if "auto_map" in output:
-            # By itself Transformers lists only the class that is saved, and then nothing loads without torchvision.
+            # Transformers lists only the class that is saved, and then nothing loads without torchvision.
             module = __name__.split(".")[-1]
             names = {"torchvision": "HPoolViTImageProcessor", "pil": "HPoolViTImageProcessorPil"}
             output["auto_map"] = {

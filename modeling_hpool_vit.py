@@ -61,7 +61,7 @@ PATCH_EMBEDDINGS = {"linear": HPoolViTPatchEmbeddings, "convolutional": HPoolViT
 
 
 class HPoolViTEmbeddings(nn.Module):
-    """Patch and position embeddings, behind an optional class token, with dropout."""
+    """Patch and position embeddings with dropout, after an optional class token."""
 
     def __init__(self, config: HPoolViTConfig):
         super().__init__()
@@ -77,7 +77,7 @@ class HPoolViTEmbeddings(nn.Module):
         """Raises a `ValueError` that says what is wrong with `pixel_values` and what would do."""
         if not isinstance(pixel_values, torch.Tensor):
             raise ValueError(
-                f"`pixel_values` is missing or no tensor ({type(pixel_values).__name__}): pass images of shape "
+                f"`pixel_values` is missing or not a tensor ({type(pixel_values).__name__}): pass images of shape "
                 "(batch_size, num_channels, height, width)."
             )
         if not pixel_values.is_floating_point():
@@ -304,7 +304,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
     base_model: Any  # `HPoolViTModel`, a name that Transformers cannot resolve here
     base_model_prefix = "hpool_vit"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # Transformers says a list, and wants a tuple
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -400,7 +400,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_remote_code(cls) -> bool:
-        # FSDP2 gives a model a class of its own, whose module is torch's and no code to be saved.
+        # FSDP2 gives a model a class in a module of torch, which is not code to save.
         return super().is_remote_code() and not cls.__module__.startswith("torch.")
 
     def save_pretrained(
@@ -408,13 +408,13 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
     ) -> None:
         if POOL_MODES[self.config.pool_mode].has_positions:
             self.config.stages = self.config.stage_positions()
-        # By itself Transformers lists only the class that is saved, and every Auto class shall load the folder.
+        # Transformers lists only the class that is saved, but every Auto class must load the folder.
         self.config.auto_map = {
             cls._auto_class: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
             for cls in (HPoolViTModel, HPoolViTForImageClassification)
         }
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        # By itself Transformers copies the code of the model's own class, which may be a user's subclass.
+        # Transformers copies the code of the model's own class, which may be a user's subclass.
         if is_main_process:
             custom_object_save(HPoolViTForImageClassification, save_directory)
 

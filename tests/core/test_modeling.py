@@ -265,7 +265,7 @@ def test_an_image_too_small_for_the_schedule_is_refused_with_the_block():
     ("images", "message"),
     [
         (None, "`pixel_values` is missing"),
-        ([[0.5]], "no tensor .list."),
+        ([[0.5]], "not a tensor .list."),
         (torch.randn(1, 1, 32, 32), r"shape \(1, 1, 32, 32\).*num_channels=3"),
         (torch.randn(3, 32, 32), r"expected \(batch_size, 3, height, width\)"),
         (torch.randn(1, 3, 32, 36), "32 × 36 pixels.*interpolate_pos_encoding=True"),

@@ -48,7 +48,13 @@ def test_the_space_has_what_the_hub_asks_for(space):
 
 
 def test_the_requirements_name_all_packages_that_the_page_imports(space):
-    names = {"PIL": "pillow", "sklearn": "scikit-learn", "gradio": "gradio", "numpy": "matplotlib"}
+    names = {
+        "PIL": "pillow",
+        "pillow_heif": "pillow-heif",
+        "sklearn": "scikit-learn",
+        "gradio": "gradio",
+        "numpy": "matplotlib",
+    }
     names |= dict.fromkeys(("yaml", "huggingface_hub", "safetensors", "typer"), "transformers")
     required = set(re.findall(r"(?m)^[a-z-]+", (space / "requirements.txt").read_text())) | {"gradio"}
     # The Space is all that the finder knows, so every other package counts as missing.

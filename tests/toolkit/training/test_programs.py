@@ -320,7 +320,7 @@ def test_distillation_changes_what_is_learnt(tmp_path, photos, vit_folder):
         ("--teacher source", "--teacher source is the model that --model_name_or_path names"),
         ("--teacher {teacher}", "give a teacher that was trained on these labels"),
         ("--teacher {vit} --image_size 32", "takes images of 16 × 16 pixels, and the model 32 × 32"),
-        ("--preset hvt-s-9", "no preset"),
+        ("--preset hvt-s-9", "not a preset"),
         ("--preset hvt-s-1 --model_name_or_path {vit}", "give only one"),
         ("--hvt_pool 7", "hvt_pool"),
         ("--ln_order sideways", "ln_order"),
