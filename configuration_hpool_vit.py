@@ -385,8 +385,8 @@ class HPoolViTConfig(PreTrainedConfig):
             tokens.append(POOL_MODES[self.pool_mode].length(self, left, stage))
             if tokens[-1] < 1:
                 raise ValueError(
-                    f"`hvt_pool={self.hvt_pool}` runs out of tokens at block {block}: {left} left, and "
-                    f"`pool_kernel_size={self.pool_kernel_size}` needs as many. Pool at fewer blocks, or use larger "
+                    f"`hvt_pool={self.hvt_pool}` runs out of tokens at block {block}: {left} left, and a "
+                    f"window takes `pool_kernel_size={self.pool_kernel_size}`. Pool at fewer blocks, or use larger "
                     "images, smaller patches or a smaller kernel."
                 )
         return tokens

@@ -31,15 +31,21 @@ from .configuration_hpool_vit import HPoolViTConfig
 # columns of 256 pixels.
 MAX_ASPECT_RATIO = 64
 
-# What white may be in an array of a type: the smallest that no value exceeds. None: any other type of integers.
+# A download that is larger is not an image for a model.
+MAX_DOWNLOAD_BYTES = 2**30
+DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+
+# By the type of an array, the ranges in which its largest value may lie, and the value of white: the end of the range.
+# A largest value between the ranges leaves the scale open. None: any other type of integers.
+FLOAT_SCALES = ((0, 1), (2, 255))
 SCALES = {
-    torch.uint16: (65535,),
-    torch.uint32: (255, 65535, 2**32 - 1),
-    torch.float16: (1, 255),
-    torch.bfloat16: (1, 255),
-    torch.float32: (1, 255),
-    torch.float64: (1, 255),
-    None: (255, 65535),
+    torch.uint16: ((0, 65535),),
+    torch.uint32: ((0, 255), (256, 65535), (2**31, 2**32 - 1)),
+    torch.float16: FLOAT_SCALES,
+    torch.bfloat16: FLOAT_SCALES,
+    torch.float32: FLOAT_SCALES,
+    torch.float64: FLOAT_SCALES,
+    None: ((0, 255), (256, 65535)),
 }
 
 
@@ -74,12 +80,12 @@ class HPoolViTImageProcessing(BaseImageProcessor):
             kwargs: attributes that replace those of the class, such as `image_mean`.
 
         Raises:
-            ValueError: for a model of other than RGB images, unless `do_convert_rgb=False` is among `kwargs`.
+            ValueError: if the model does not take RGB images, unless `do_convert_rgb=False` is among `kwargs`.
         """
         if config.num_channels != 3 and kwargs.get("do_convert_rgb", cls.do_convert_rgb):
             raise ValueError(
                 f"`num_channels={config.num_channels}`, and the image processor gives 3 channels: pass "
-                "`do_convert_rgb=False`, and `image_mean` and `image_std` of as many numbers."
+                "`do_convert_rgb=False`, and `image_mean` and `image_std` with one number per channel."
             )
         height, width = config.image_shape
         kwargs.setdefault("size", {"shortest_edge": round(max(height, width) * 256 / 224)})
@@ -152,20 +158,29 @@ def open_image(source: str | PathLike[str]) -> Image.Image:
     shown = name if len(name) <= 200 else f"{name[:200]}…"
     try:
         return decode_image(name if isfile(name) else BytesIO(fetch_bytes(name)))
-    except (ValueError, OSError) as error:
+    except Exception as error:  # the HTTP client's errors have no class in common with others
         raise ValueError(f"The image {shown!r} cannot be used: {error}") from error
 
 
 def fetch_bytes(name: str) -> bytes:
     """What a URL or a base64 text holds."""
     if name.startswith(("http://", "https://")):
-        response = get_session().get(name, follow_redirects=True)
-        response.raise_for_status()
-        return response.content
+        return download(name)
     try:
         return base64.b64decode("".join(name.rpartition("base64,")[2].split()), validate=True)
     except (binascii.Error, ValueError):
         raise ValueError("there is no such file, and it is neither a URL nor base64") from None
+
+
+def download(url: str) -> bytes:
+    data = bytearray()
+    with get_session().stream("GET", url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT) as response:
+        response.raise_for_status()
+        for part in response.iter_bytes():
+            data += part
+            if len(data) > MAX_DOWNLOAD_BYTES:
+                raise ValueError(f"too large: more than {MAX_DOWNLOAD_BYTES} bytes")
+    return bytes(data)
 
 
 def decode_image(file: str | BinaryIO) -> Image.Image:
@@ -276,23 +291,36 @@ def to_8_bits(image: torch.Tensor, kind: str) -> torch.Tensor:
         return image
     if image.dtype == torch.bool:
         return image.to(torch.uint8) * 255
-    # In a type that holds them all, and that PyTorch can compare.
-    image_values = image if image.is_floating_point() else image.to(torch.int64)
-    low, high = (value.item() for value in image_values.aminmax())
-    for white in SCALES.get(image.dtype, SCALES[None]):
-        if 0 <= low <= high <= white:
-            return (image_values.double() * (255 / white)).round().to(torch.uint8)
+    # Part by part, because larger types take many times the memory.
+    parts = rows_of(image)
+    extremes = [comparable(part).aminmax() for part in parts]
+    low = torch.stack([extreme.min for extreme in extremes]).min().item()
+    high = torch.stack([extreme.max for extreme in extremes]).max().item()
+    for least, white in SCALES.get(image.dtype, SCALES[None]):
+        if low >= 0 and least <= high <= white:
+            scaled = [(comparable(part).double() * (255 / white)).round().to(torch.uint8) for part in parts]
+            return torch.cat(scaled, dim=1)
     raise ValueError(
         f"values from {low:g} to {high:g} in {kind}, whose scale is unknown: scale them to 8 bits (0 to 255), or pass "
-        "`do_rescale=False` for floating point that is prepared already"
+        "`do_rescale=False` if floating-point values are already scaled"
     )
+
+
+def comparable(image: torch.Tensor) -> torch.Tensor:
+    """The values in a type that holds them all and that PyTorch can compare."""
+    return image if image.is_floating_point() else image.to(torch.int64)
+
+
+def rows_of(image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The image in bands of rows with a few million pixels each."""
+    return image.split(max(2**22 // image.shape[2], 1), dim=1)
 
 
 def on_white(image: torch.Tensor) -> torch.Tensor:
     """RGBA of shape (4, height, width) as RGB on a white ground, a few rows at a time to save memory."""
     white = 1.0 if image.is_floating_point() and image.max() <= 1 else 255.0
     parts = []
-    for rows in image.split(max(2**22 // image.shape[2], 1), dim=1):
+    for rows in rows_of(image):
         color, alpha = rows[:3].float(), rows[3:].float() / white
         color = color * alpha + white * (1 - alpha)
         parts.append((color if image.is_floating_point() else color.round()).to(image.dtype))

@@ -74,7 +74,7 @@ class HPoolViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def check_input(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool) -> None:
-        """Raises a `ValueError` that says what is wrong with `pixel_values` and what would do."""
+        """Raises a `ValueError` that names the problem with `pixel_values` and the remedy."""
         if not isinstance(pixel_values, torch.Tensor):
             raise ValueError(
                 f"`pixel_values` is missing or not a tensor ({type(pixel_values).__name__}): pass images of shape "
@@ -219,7 +219,14 @@ class HPoolViTLayer(GradientCheckpointingLayer):
     """
     What the blocks of every `ln_order` have in common: attention A and MLP M, each branch through layer scale and drop
     path. A block takes and returns its streams of hidden states; attention reads the first.
+
+    Attributes:
+        num_streams (`int`): the number of streams, 1 or 2.
+        has_final_norm (`bool`): whether a LayerNorm follows the last block.
     """
+
+    num_streams = 1
+    has_final_norm = True
 
     def __init__(self, config: HPoolViTConfig, index: int):
         super().__init__()
@@ -234,10 +241,10 @@ class HPoolViTLayer(GradientCheckpointingLayer):
         self.depth = index / max(config.num_hidden_layers - 1, 1)
         self.drop_path = HPoolViTDropPath((config.drop_path_rate or 0.0) * self.depth)
 
-    @staticmethod
-    def start(hidden_states: torch.Tensor) -> Tokens:
+    @classmethod
+    def start(cls, hidden_states: torch.Tensor) -> Tokens:
         """The tokens that the first block takes, from the embeddings."""
-        return Tokens(hidden_states)
+        return Tokens(hidden_states, residual=hidden_states if cls.num_streams == 2 else None)
 
     @staticmethod
     def finish(tokens: Tokens, layernorm: nn.Module) -> torch.Tensor:
@@ -262,6 +269,8 @@ class HPoolViTPreNormLayer(HPoolViTLayer):
 class HPoolViTPostNormLayer(HPoolViTLayer):
     """x = LN1(x + A(x)); x = LN2(x + M(x))."""
 
+    has_final_norm = False
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Streams:
         hidden_states = self.layernorm_before(hidden_states + self.attention_branch(hidden_states, **kwargs))
         return (self.layernorm_after(hidden_states + self.mlp_branch(hidden_states)),)
@@ -274,9 +283,7 @@ class HPoolViTPostNormLayer(HPoolViTLayer):
 class HPoolViTResidualLayer(HPoolViTLayer):
     """ResiDual (arXiv 2304.14802): a post-norm stream x, and a stream r that sums the branches without norm."""
 
-    @staticmethod
-    def start(hidden_states: torch.Tensor) -> Tokens:
-        return Tokens(hidden_states, residual=hidden_states)
+    num_streams = 2
 
     @staticmethod
     def finish(tokens: Tokens, layernorm: nn.Module) -> torch.Tensor:
@@ -298,7 +305,7 @@ EARLIER_NAMES = {"pooled_layernorm": "layernorm"}
 
 
 class HPoolViTPreTrainedModel(PreTrainedModel):
-    """Loading, saving, initialisation and what else Transformers' models share."""
+    """Loading, saving, initialisation and everything else that Transformers' models share."""
 
     config: HPoolViTConfig
     base_model: Any  # `HPoolViTModel`, a name that Transformers cannot resolve here
@@ -367,10 +374,10 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
     def set_hvt_pool(self, hvt_pool: list[int] | None) -> None:
         """
-        Pools at other blocks from now on. Every weight is kept, also of stages that are not in use and when the model
-        is saved: changed back, it gives the same logits. A new stage starts from the nearest one's position
-        embeddings, and is frozen if the model's first ones are, because an adapter would not save it. New parameters
-        come before the optimizer, and before `DistributedDataParallel`.
+        Pools at other blocks from now on. All weights stay, including those of unused stages, and are saved: if you
+        change back, you get the same logits. A new stage starts from the nearest one's position embeddings. It is
+        frozen if the model's first ones are, because an adapter would not save it. Call this before you create the
+        optimizer or wrap the model in `DistributedDataParallel`.
 
         Args:
             hvt_pool (`list[int]`, *optional*): as in [`HPoolViTConfig`]; None: never.
@@ -442,7 +449,7 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         self._keys_to_ignore_on_load_missing = [rf"pooling\.{block}\." for block in config.new_stages()]
         self.layer_class = LAYERS[config.ln_order]
         self.layers = nn.ModuleList([self.layer_class(config, index) for index in range(config.num_hidden_layers)])
-        has_norm = config.ln_order != "post"
+        has_norm = self.layer_class.has_final_norm
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
         self.readout = class_token if config.use_class_token else mean_over_patches
         self.register_load_state_dict_pre_hook(rename_earlier_weights)
@@ -462,7 +469,7 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
             Normalised images, as the image processor returns them.
         interpolate_pos_encoding (`bool`, *optional*):
             Whether to resize the position embeddings to the images, which may then have any size that leaves at least
-            one token. Otherwise another size than `config.image_size` is a `ValueError`.
+            one token. Otherwise, any size but `config.image_size` raises a `ValueError`.
         """
         if kwargs.pop("attention_mask", None) is not None:  # type: ignore[typeddict-item]
             raise ValueError("HPool-ViT takes no `attention_mask`: every token is attended to. Leave it out.")
@@ -533,7 +540,7 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
             Normalised images, as the image processor returns them.
         interpolate_pos_encoding (`bool`, *optional*):
             Whether to resize the position embeddings to the images, which may then have any size that leaves at least
-            one token. Otherwise another size than `config.image_size` is a `ValueError`.
+            one token. Otherwise, any size but `config.image_size` raises a `ValueError`.
         """
         if labels is not None and not self.num_labels:
             raise ValueError("`labels` need a classifier, and the model has none (`num_labels=0`): give it classes.")

@@ -17,8 +17,8 @@ Streams = tuple[torch.Tensor, ...]
 
 class Tokens(NamedTuple):
     """
-    The tokens on their way through the model. A class token stands first in the hidden states; what else is said of
-    the tokens concerns the patch tokens alone.
+    The tokens on their way through the model. A class token stands first in the hidden states; the other fields
+    describe only the patch tokens.
 
     Attributes:
         hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): what attention reads.
@@ -73,7 +73,7 @@ class HPoolViTStage(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def macs(config: HPoolViTConfig, before: int, after: int) -> int:
+    def macs(config: HPoolViTConfig, before: int, after: int, num_streams: int) -> int:
         """Multiply-accumulates of the products that turn `before` patch tokens of one image into `after`."""
         return 0
 
@@ -138,10 +138,9 @@ class HPoolViTMerging(HPoolViTStage):
     partitions = True
 
     @staticmethod
-    def macs(config: HPoolViTConfig, before: int, after: int) -> int:
+    def macs(config: HPoolViTConfig, before: int, after: int, num_streams: int) -> int:
         if after == before:
             return 0
-        num_streams = 2 if config.ln_order == "residual" else 1
         # The distances of sources and targets, and the means.
         return config.hidden_size * ((before // 2) * (before - before // 2) + num_streams * before * after)
 
@@ -199,12 +198,13 @@ def find_groups(tokens: torch.Tensor, num_merged: int) -> torch.Tensor:
         `torch.LongTensor` of shape `(batch_size, num_tokens)`: numbers from 0 to `num_tokens - num_merged - 1`, in the
         order in which the groups' first even or staying token stands.
     """
-    # Distances do not change when the mean goes, and small numbers keep them precise in half precision.
+    # Distances do not change when the mean is subtracted, and small numbers keep them precise in half precision.
     tokens = tokens.float()
     tokens = tokens - tokens.mean(1, keepdim=True)
     squares = tokens.square().sum(-1)
     targets, sources = tokens[:, ::2], tokens[:, 1::2]
-    # What of the negative squared distance depends on the target chooses it; the rest only ranks the sources.
+    # Only the part of the negative squared distance that depends on the target decides the match. The rest is needed
+    # to rank the sources.
     nearness, match = (2 * sources @ targets.transpose(1, 2) - squares[:, None, ::2]).max(-1)
     nearness = nearness - squares[:, 1::2]
     stays = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -1,13 +1,17 @@
 import base64
+import functools
+import http.server
 import io
+import threading
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from helpers import tiny_config
 from PIL import Image
 
-from hpool_vit import HPoolViTConfig, HPoolViTImageProcessor, HPoolViTImageProcessorPil
+from hpool_vit import HPoolViTConfig, HPoolViTImageProcessor, HPoolViTImageProcessorPil, image_processing_hpool_vit
 
 
 BACKENDS = [HPoolViTImageProcessor, HPoolViTImageProcessorPil]
@@ -187,6 +191,31 @@ def test_a_file_a_path_base64_and_the_opened_image_give_the_same_pixels(cls, pho
     assert torch.equal(batch[:1], grey)
 
 
+@pytest.fixture
+def server(photo, tmp_path, monkeypatch):
+    """Serves a folder with photo.png on this machine, to a client that is not offline."""
+    photo.save(tmp_path / "photo.png")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_url_gives_the_same_pixels_and_every_failure_is_a_value_error(server, photo, monkeypatch):
+    processor = HPoolViTImageProcessor()
+    expected = processor(photo, return_tensors="pt").pixel_values
+    assert torch.equal(processor(f"{server}/photo.png", return_tensors="pt").pixel_values, expected)
+    with pytest.raises(ValueError, match=r"missing.png' cannot be used: .*404"):
+        processor(f"{server}/missing.png")
+    with pytest.raises(ValueError, match="cannot be used"):
+        processor("http://127.0.0.1:9/photo.png")
+    monkeypatch.setattr(image_processing_hpool_vit, "MAX_DOWNLOAD_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"photo.png' cannot be used: too large: more than 1000 bytes"):
+        processor(f"{server}/photo.png")
+
+
 @pytest.mark.parametrize("cls", BACKENDS)
 def test_a_file_is_turned_upright_and_an_opened_image_is_taken_as_it_is(cls, photo, tmp_path):
     exif = Image.Exif()
@@ -207,11 +236,14 @@ def test_a_file_is_turned_upright_and_an_opened_image_is_taken_as_it_is(cls, pho
         (np.full((40, 40), 70_000, np.int32), "from 70000 to 70000 in type torch.int32"),
         (np.full((40, 40), 1e6, np.float32), r"from 1e\+06 to 1e\+06 in type torch.float32"),
         (np.full((40, 40, 3), -0.5, np.float64), "from -0.5 to -0.5 in type torch.float64"),
+        # Neither of the range [0, 1], which resizing has left a little, nor surely of 8 bits.
+        (np.full((40, 40), 1.002, np.float32), r"from 1.002 to 1.002 in type torch.float32"),
+        (np.full((40, 40), 70_000, np.uint32), "from 70000 to 70000 in type torch.uint32"),
         (np.full((40, 40), np.nan, np.float32), "from nan to nan"),
         (Image.fromarray(np.full((40, 40), 300.0, np.float32)), "from 300 to 300 in mode 'F'"),
         (Image.fromarray(np.full((40, 40), -7, np.int32)), "from -7 to -7 in mode 'I'"),
     ],
-    ids=["negative", "32 bits", "large float", "negative float", "nan", "mode F", "mode I"],
+    ids=["negative", "32 bits", "large float", "negative float", "1.002", "uint32", "nan", "mode F", "mode I"],
 )
 def test_values_of_an_unknown_scale_are_refused_with_their_range(cls, pixels, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -34,10 +34,11 @@ with contextlib.suppress(ImportError):
 
 # The rules of the image processor, HPoolViTImageProcessor. How many times its short side an image may be long:
 MAX_ASPECT_RATIO = 64
-# What white may be in an array of a type: the smallest that no value exceeds. Other types are integers.
-SCALES = {"uint16": (65535,), "uint32": (255, 65535, 2**32 - 1)}
-SCALES |= dict.fromkeys(("float16", "float32", "float64"), (1, 255))
-OTHER_SCALES = (255, 65535)
+# By the type of an array, the ranges in which its largest value may lie, and the value of white: the end of the range.
+# Other types are integers.
+SCALES = {"uint16": ((0, 65535),), "uint32": ((0, 255), (256, 65535), (2**31, 2**32 - 1))}
+SCALES |= dict.fromkeys(("float16", "float32", "float64"), ((0, 1), (2, 255)))
+OTHER_SCALES = ((0, 255), (256, 65535))
 # Files in these modes can look different in RGB, so the report lists them.
 REPORTED_MODES = {"CMYK": "CMYK", "P": "palette", "PA": "palette"}
 MAX_BYTES = 1 << 30
@@ -156,8 +157,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
     low, high = pixels.min().item(), pixels.max().item()
-    for white in SCALES.get(pixels.dtype.name, OTHER_SCALES):
-        if 0 <= low <= high <= white:
+    for least, white in SCALES.get(pixels.dtype.name, OTHER_SCALES):
+        if low >= 0 and least <= high <= white:
             return (pixels.astype(np.float64) * (255 / white)).round().astype(np.uint8)
     raise ValueError(
         f"values from {low:g} to {high:g} in mode {mode!r}, whose scale is unknown: scale them to 8 bits (0 to 255)"

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hpool_vit import HPoolViTConfig
+from hpool_vit.modeling_hpool_vit import LAYERS
 from hpool_vit.pooling_hpool_vit import POOLINGS, Tokens
 
 
@@ -168,7 +169,8 @@ def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[i
         pooling = 0
         if block in stage_of:
             stage = stage_of[block]
-            pooling = POOLINGS[config.pool_mode].macs(config, *tokens[stage - 1 : stage + 1])
+            num_streams = LAYERS[config.ln_order].num_streams
+            pooling = POOLINGS[config.pool_mode].macs(config, *tokens[stage - 1 : stage + 1], num_streams)
         num_tokens = tokens[stage] + int(config.use_class_token)
         weights = 4 * width * width + 2 * width * config.intermediate_size
         macs.append(num_tokens * weights + 2 * num_tokens * num_tokens * width + pooling)
