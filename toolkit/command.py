@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -13,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from hpool_vit import __version__
 
-from .shared.console import NotStartedError, one_line, quiet
+from .shared.console import NotStartedError, StoppedError, command_line_names, name_flags, one_line, quiet
 
 
 # For each sub-command, the module of the toolkit whose function `command` it runs, and its line in `hpool-vit --help`.
@@ -124,15 +123,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = error.ctx.command_path if error.ctx else "hpool-vit"
         stop(f"{error.format_message().rstrip('.')}. See {command} --help.", error.exit_code)
     except (ValueError, OSError, ImportError) as error:
-        stop(name_flags(str(error), known_names(words)), 2 if isinstance(error, NotStartedError) else 1)
+        message, status = name_flags(str(error), known_names(words)), 2 if isinstance(error, NotStartedError) else 1
+        stop(message, status, in_every_process=isinstance(error, StoppedError))
     if status:
         sys.exit(status)
 
 
-def stop(message: str, status: int) -> NoReturn:
-    """Ends the process with one line. Of several processes, only the first one prints it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {one_line(message)}", file=sys.stderr)
+def stop(message: str, status: int, *, in_every_process: bool = False) -> NoReturn:
+    """
+    Ends the process with one line. Of several processes, only the first one prints it: wrong input is the same in all.
+
+    Args:
+        message: the line.
+        status: the exit status.
+        in_every_process: whether the other processes print it too, because it can happen in one of them alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or in_every_process:
+        process = "" if rank == "0" else f"[rank {rank}] "
+        print(f"error: {process}{one_line(message)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -146,29 +155,7 @@ def known_names(words: list[str]) -> dict[str, str]:
         return {}
     module = importlib.import_module(f".{COMMANDS[words[0]][0]}", __package__)
     names = {name: f"--{name}" for name in getattr(module, "COMMAND_FLAGS", ())}
-    for parameter in command.params:
-        flags = [flag for flag in parameter.opts if flag.startswith("--")]
-        names[parameter.name] = flags[0] if flags else parameter.metavar
-    return names
-
-
-def name_flags(message: str, names: dict[str, str]) -> str:
-    """
-    A message of the library in the words of the command line: `output_dir` becomes --output_dir, and `top_k=0` becomes
-    --top_k 0.
-
-    Args:
-        message: the message, with arguments in backticks.
-        names: for each argument, what the command line calls it.
-    """
-
-    def rename(match: re.Match) -> str:
-        name, value = names.get(match["name"]), match["value"]
-        if name is None:
-            return match[0]
-        return name if value is None else f"{name} {value.strip(chr(39))}"
-
-    return re.sub(r"`(?P<name>\w+)(=(?P<value>[^`]*))?`", rename, message)
+    return names | command_line_names(command.params)
 
 
 if __name__ == "__main__":

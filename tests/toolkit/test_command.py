@@ -9,8 +9,8 @@ import typer
 from helpers import run_command, run_python
 
 import hpool_vit
-from hpool_vit.toolkit.command import COMMANDS, load_command, main, name_flags
-from hpool_vit.toolkit.shared.console import NotStartedError
+from hpool_vit.toolkit.command import COMMANDS, load_command, main
+from hpool_vit.toolkit.shared.console import NotStartedError, StoppedError
 
 
 # What Typer needs to parse a command line and to draw its help.
@@ -112,6 +112,13 @@ def test_only_the_first_of_several_processes_prints_the_error(capsys, monkeypatc
     assert ended.value.code == 1 and capsys.readouterr().err == ""
 
 
+def test_every_process_prints_what_stops_it_in_the_middle_of_its_work(capsys, monkeypatch):
+    raise_in(monkeypatch, StoppedError("`top_k=3` images are bad"))
+    assert fail(capsys, "stats") == "error: --top_k 3 images are bad\n"
+    monkeypatch.setenv("RANK", "1")
+    assert fail(capsys, "stats") == "error: [rank 1] --top_k 3 images are bad\n"
+
+
 def test_ctrl_c_ends_a_command_without_a_traceback(capsys, monkeypatch):
     raise_in(monkeypatch, KeyboardInterrupt())
     with pytest.raises(SystemExit) as ended:
@@ -125,18 +132,6 @@ def test_a_command_that_cannot_be_imported_says_what_to_install(capsys, monkeypa
         monkeypatch.delitem(sys.modules, name)
     expected = 'error: The package accelerate is missing: python -m pip install "hpool-vit[predict]"\n'
     assert fail(capsys, "predict", "model", "photo.jpg") == expected
-
-
-def test_a_message_gets_the_words_of_the_command_line():
-    names = {"output_dir": "--output_dir", "top_k": "--top_k", "model": "MODEL"}
-    for message, expected in (
-        ("choose another `output_dir`.", "choose another --output_dir."),
-        ("`top_k=0` is too small", "--top_k 0 is too small"),
-        ("`output_dir='a b'` is taken", "--output_dir a b is taken"),
-        ("`model` and `top_k`", "MODEL and --top_k"),
-        ("`top_k2` and `pool_mode=avg` and output_dir", "`top_k2` and `pool_mode=avg` and output_dir"),
-    ):
-        assert name_flags(message, names) == expected
 
 
 @pytest.mark.parametrize("name", COMMANDS)

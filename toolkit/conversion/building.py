@@ -36,7 +36,7 @@ class ConversionReport:
         return "\n".join([*lines, *self.notes])
 
 
-def build_model(
+def fill_model(
     config: HPoolViTConfig,
     checkpoint: Checkpoint,
     given: dict[str, torch.Tensor] | None = None,
@@ -89,7 +89,7 @@ def infer_heads(width: int) -> int:
     """The number of attention heads of published ViTs of this width."""
     if width not in HEADS_OF_WIDTH and width % 64:
         raise ConversionError(
-            f"The width {width} cannot be divided into heads of width 64, and the source does not tell how many heads "
+            f"The width {width} cannot be divided into heads of width 64, and the source does not say how many heads "
             "it has: pass `num_attention_heads`."
         )
     return HEADS_OF_WIDTH.get(width, width // 64)

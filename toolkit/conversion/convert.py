@@ -12,8 +12,9 @@ from hpool_vit.pooling_hpool_vit import POOLINGS
 
 from ..shared.console import parse_value
 from ..shared.files import check_output_dir, folder_written_whole
+from ..shared.options import MergeRatio, OutputDir, hvt_pool_option, image_size_option, parse_image_size
 from .building import ConversionReport
-from .checkpoint import Checkpoint, ConversionError, read_checkpoint
+from .checkpoint import Checkpoint, ConversionError, read_checkpoint, square_or_pair
 from .hvt import convert_checkpoint, is_hvt
 from .image_processor import image_processor_for
 from .positions import STAGE_POSITIONS
@@ -61,7 +62,7 @@ def convert(
             Whether to take the moving average of the weights of a training checkpoint.
         image_mean (`list[float]`, *optional*): the mean of the pixels, instead of the source's.
         image_std (`list[float]`, *optional*): the standard deviation of the pixels, instead of the source's.
-        seed (`int`, *optional*): makes what starts anew reproducible. By default, 0.
+        seed (`int`, *optional*): seed for new weights. Default: 0.
         config_overrides: fields of [`HPoolViTConfig`], such as `hvt_pool` or `num_labels`.
 
     Returns:
@@ -165,9 +166,8 @@ def parse_options(**options: str | None) -> dict[str, Any]:
     for name in ("image_mean", "image_std"):
         if name in values and not _are_numbers(values[name]):
             raise ValueError(f"`{name}={options[name]}` must be one number per channel, such as 0.5,0.5,0.5.")
-    size = values.get("image_size", 1)
-    if not isinstance(size, int) and not (_are_numbers(size) and len(size) == 2):
-        raise ValueError(f"`image_size={options['image_size']}` must be one number, or height and width: 224,384.")
+    if size := parse_image_size(options.get("image_size")):
+        values["image_size"] = square_or_pair(size)
     return values
 
 
@@ -177,57 +177,50 @@ def _are_numbers(value: Any) -> bool:
 
 def command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint file, a saved folder or a Hub id.")],
-    output_dir: Annotated[Path, typer.Option(help="The folder to write. It must not exist yet, or be empty.")],
+    output_dir: OutputDir,
     hvt_pool: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BLOCKS",
-            help="The blocks at whose input to pool, such as 1,5,9, or none. By default 1,5,9, or 3,5,7,9 to merge, "
-            "scaled to the number of blocks.",
-        ),
+        str | None, hvt_pool_option("1,5,9, or 3,5,7,9 to merge, scaled to the number of blocks")
     ] = None,
     pool_mode: Annotated[
-        str | None, typer.Option(metavar="MODE", help=f"{', '.join(POOL_MODES)}. By default max.")
+        str | None, typer.Option(metavar="MODE", help=f"{', '.join(POOL_MODES)}. Default: max.")
     ] = None,
     pool_kernel_size: Annotated[int | None, typer.Option(help="Tokens that max and avg pool into one.")] = None,
     pool_stride: Annotated[int | None, typer.Option(help="Step of max and avg, in tokens.")] = None,
-    merge_ratio: Annotated[
-        str | None,
-        typer.Option(metavar="SHARES", help="Share of the tokens to merge: one for all stages, or 0.3,0.2 for two."),
-    ] = None,
+    merge_ratio: MergeRatio = None,
     proportional_attention: Annotated[
         str | None,
         typer.Option(
-            metavar="TRUE|FALSE", help="Whether attention weighs a merged token by its patches. By default true."
+            metavar="TRUE|FALSE", help="Whether attention weighs a merged token by its patches. Default: true."
         ),
     ] = None,
     stage_positions: Annotated[
         str | None,
         typer.Option(
             metavar="START",
-            help=f"How the position embeddings of new stages start: {' or '.join(STAGE_POSITIONS)}. By default zero.",
+            help=f"How the position embeddings of new stages start: {' or '.join(STAGE_POSITIONS)}. Default: zero.",
         ),
     ] = None,
     use_class_token: Annotated[
         str | None,
-        typer.Option(metavar="TRUE|FALSE", help="Whether there is a class token. By default, if the head reads it."),
+        typer.Option(
+            metavar="TRUE|FALSE",
+            help="Whether the model has a class token. Default: true if the source's head reads one.",
+        ),
     ] = None,
     num_labels: Annotated[int | None, typer.Option(help="A number other than the source's makes a new head.")] = None,
     labels: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one class name per line.")] = None,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="PIXELS", help="224, or height and width: 224,384. By default the source's.")
-    ] = None,
+    image_size: Annotated[str | None, image_size_option("the source's")] = None,
     image_mean: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Mean of the pixels, such as 0.5,0.5,0.5, if it is unknown.")
     ] = None,
     image_std: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Standard deviation of the pixels, if it is unknown.")
     ] = None,
-    num_attention_heads: Annotated[int | None, typer.Option(help="If the source does not tell.")] = None,
+    num_attention_heads: Annotated[int | None, typer.Option(help="Needed if the source does not say.")] = None,
     use_ema: Annotated[
         bool, typer.Option("--use_ema", help="Take the moving average of a training checkpoint.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="For what starts anew. By default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for new weights. Default: 0.")] = None,
 ) -> None:
     """
     Turn a trained ViT, or a checkpoint of the paper's code, into an HPool-ViT folder.

@@ -10,8 +10,8 @@ from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
 from .building import (
     ConversionReport,
-    build_model,
     check_labels,
+    fill_model,
     image_size_of,
     infer_heads,
     resolve_overrides,
@@ -42,7 +42,7 @@ def convert_hvt(
         use_ema (`bool`, defaults to `False`):
             Whether to take the moving average of the weights, if the checkpoint has one.
         config_overrides:
-            Fields of [`HPoolViTConfig`] that the file does not tell (`num_attention_heads`, `pool_kernel_size`,
+            Fields of [`HPoolViTConfig`] that the file does not say (`num_attention_heads`, `pool_kernel_size`,
             `pool_stride`) or that do not touch the weights (`id2label`, `drop_path_rate`, …).
 
     Returns:
@@ -72,7 +72,7 @@ def convert_checkpoint(
     refuse(checkpoint, STRANGERS)
     report = ConversionReport()
     overrides = resolve_overrides(config_overrides)
-    return build_model(build_config(checkpoint, overrides, report), checkpoint), report
+    return fill_model(build_config(checkpoint, overrides, report), checkpoint), report
 
 
 def build_config(checkpoint: Checkpoint, overrides: dict[str, Any], report: ConversionReport) -> HPoolViTConfig:
@@ -93,7 +93,7 @@ def build_config(checkpoint: Checkpoint, overrides: dict[str, Any], report: Conv
     if "num_attention_heads" not in overrides:
         fields["num_attention_heads"] = heads or infer_heads(fields["hidden_size"])
         if not heads:
-            report.notes.append(f"Assumed {fields['num_attention_heads']} attention heads: the source does not tell.")
+            report.notes.append(f"Assumed {fields['num_attention_heads']} attention heads: the source does not say.")
     elif heads and overrides["num_attention_heads"] != heads:
         raise ConversionError(
             f"`num_attention_heads={overrides['num_attention_heads']!r}` cannot be chosen: the source has {heads}."
@@ -178,7 +178,7 @@ def infer_window(
     nearest = min(windows, key=lambda window: abs(window[0] - PAPER_KERNEL_SIZE) + abs(window[1] - PAPER_STRIDE))
     if len(windows) > 1:
         report.notes.append(
-            f"Assumed `pool_kernel_size={nearest[0]}` and `pool_stride={nearest[1]}`: the source does not tell, and "
+            f"Assumed `pool_kernel_size={nearest[0]}` and `pool_stride={nearest[1]}`: the source does not say, and "
             f"other values give the lengths {numbers} too."
         )
     return nearest

@@ -44,7 +44,7 @@ def read_timm_data_config(data: dict[str, Any]) -> dict[str, Any]:
 def image_processor_for(source: "Source", config: HPoolViTConfig, **overrides) -> HPoolViTImageProcessor:
     """
     An image processor that prepares images as the source does. If the model takes another image size, it keeps the
-    source's mean, standard deviation and resampling, and crops as ours does. If the source does not tell how it
+    source's mean, standard deviation and resampling, and crops as ours does. If the source does not say how it
     prepares images, you get the defaults of [`HPoolViTImageProcessor`].
 
     Args:

@@ -45,7 +45,7 @@ def split_positions(source: Source, image_size: int | tuple[int, int] | None, re
     """
     Takes the position embeddings of the special tokens and of the patches apart.
 
-    The grid of patches is that of the source's own image size. If the source does not tell its image size, the grid is
+    The grid of patches is that of the source's own image size. If the source does not say its image size, the grid is
     that of `image_size`, provided that the number of positions fits. Otherwise it is a square.
     """
     checkpoint, positions = source.checkpoint, source.checkpoint.positions

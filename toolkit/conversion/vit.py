@@ -11,8 +11,8 @@ from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
 from .building import (
     ConversionReport,
-    build_model,
     check_labels,
+    fill_model,
     image_size_of,
     infer_heads,
     parameter_shapes,
@@ -99,7 +99,7 @@ def convert_source(
     given |= start_stages(config, given[POSITIONS], stage_positions, report)
     new = choose_new(source, config, report)
     report.dropped += source.checkpoint.drop(DROPPABLE)
-    return build_model(config, source.checkpoint, given, new), report
+    return fill_model(config, source.checkpoint, given, new), report
 
 
 def build_config(
@@ -121,7 +121,7 @@ def build_config(
     known = {name: value for name, value in source.fields.items() if name != "image_size"}
     if "num_attention_heads" not in known | overrides:
         known["num_attention_heads"] = infer_heads(fixed["hidden_size"])
-        report.notes.append(f"Assumed {known['num_attention_heads']} attention heads: the source does not tell.")
+        report.notes.append(f"Assumed {known['num_attention_heads']} attention heads: the source does not say.")
     known |= choose_labels(source, overrides)
     known |= choose_pooling(fixed["num_hidden_layers"], overrides)
     return HPoolViTConfig(**{**fixed, **assumed, **known, **overrides})

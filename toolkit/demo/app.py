@@ -1,8 +1,9 @@
 """The demo page: it opens in your browser, or becomes a Hugging Face Space."""
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,30 +33,54 @@ def serve(
     Raises:
         ValueError, OSError: in one line, if there is nothing to show or the port is taken.
     """
-    stay_offline()
+    with offline():
+        _serve(models, Path(models_dir), None if examples_dir is None else Path(examples_dir), server_port)
+
+
+def _serve(models: Sequence[str | Path], models_dir: Path, examples_dir: Path | None, server_port: int | None) -> None:
     with needs("demo"):
         from .files import MAX_MEGAPIXELS, find_examples
         from .models import find_models, load_models
         from .page import LAUNCH, build_demo
 
-    PIL.Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000
-    folders = list(map(Path, models)) or find_models(Path(models_dir))
+    folders = list(map(Path, models)) or find_models(models_dir)
     # Models that somebody named must work. Of those that are only found, some may be damaged.
     served = load_models(folders, skip_bad=not models)
-    photos = Path(examples_dir) if examples_dir is not None else None
-    with tempfile.TemporaryDirectory(prefix="hpool-vit-") as scratch:
-        examples = {name: find_examples(model.labels, photos, Path(scratch)) for name, model in served.items()}
+    with limited_pixels(MAX_MEGAPIXELS), tempfile.TemporaryDirectory(prefix="hpool-vit-") as scratch:
+        examples = {name: find_examples(model.labels, examples_dir, Path(scratch)) for name, model in served.items()}
         demo = build_demo(served, examples)
         _, url, _ = demo.launch(**LAUNCH, server_port=server_port, prevent_thread_lock=True)
         print(f"The page is at {url} (stop it with Ctrl+C).", flush=True)
         demo.block_thread()
 
 
-def stay_offline():
-    """Keeps this process from calling the Hub, and Gradio from reporting its use."""
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Inside the block this process does not call the Hub, and Gradio does not report its use."""
+    gradio = os.environ.get("GRADIO_ANALYTICS_ENABLED")
+    hub = constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_TELEMETRY
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The environment variables would come too late: the client has read them already.
     constants.HF_HUB_OFFLINE = constants.HF_HUB_DISABLE_TELEMETRY = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_TELEMETRY = hub
+        if gradio is None:
+            del os.environ["GRADIO_ANALYTICS_ENABLED"]
+        else:
+            os.environ["GRADIO_ANALYTICS_ENABLED"] = gradio
+
+
+@contextlib.contextmanager
+def limited_pixels(megapixels: int) -> Iterator[None]:
+    """Inside the block, an image of more pixels is not decoded."""
+    usual = PIL.Image.MAX_IMAGE_PIXELS
+    PIL.Image.MAX_IMAGE_PIXELS = megapixels * 1_000_000
+    try:
+        yield
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = usual
 
 
 def command(
@@ -91,10 +116,10 @@ def command(
     if output_dir is None:
         serve(models or (), models_dir=models_dir, examples_dir=examples_dir, server_port=server_port)
         return
-    stay_offline()
-    with needs("demo"):
-        from .models import find_models
-        from .space import make_space
+    with offline():
+        with needs("demo"):
+            from .models import find_models
+            from .space import make_space
 
-    make_space(models or find_models(models_dir), output_dir, examples_dir=examples_dir)
+        make_space(models or find_models(models_dir), output_dir, examples_dir=examples_dir)
     print(f"The Space is in {output_dir}. Look at it with: python {output_dir / 'app.py'}")

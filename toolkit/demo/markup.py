@@ -6,6 +6,7 @@ from html import escape
 import torch
 
 from ..inspection.stats import format_macs
+from ..shared.folders import counted
 from .files import MAX_FILE_MEGABYTES, MAX_FILES, MAX_MEGAPIXELS
 from .models import Answer, Schedule, ServedModel
 
@@ -53,10 +54,6 @@ footer { display: none !important; }
 """
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
 def pooled_blocks(schedule: Schedule) -> str:
     """Where a schedule pools, in words. Blocks are counted from 0, as in `hvt_pool`."""
     if not schedule.hvt_pool:
@@ -98,7 +95,7 @@ def _squares(tokens: int, step: float) -> str:
 def draw_tiles(model: ServedModel, schedule: Schedule, answer: Answer, num_images: int) -> str:
     """Latency, images per second, tokens and multiply-accumulates, one tile each."""
     device = model.model.device.type
-    where = f"on the CPU, {count(torch.get_num_threads(), 'thread')}" if device == "cpu" else f"on {device}"
+    where = f"on the CPU, {counted(torch.get_num_threads(), 'thread')}" if device == "cpu" else f"on {device}"
     share = schedule.macs / model.macs_without_pooling
     batch = "one by one" if num_images == 1 else f"in a batch of {num_images}"
     tiles = {

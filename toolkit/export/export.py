@@ -12,6 +12,7 @@ from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.measuring import Logits
+from ..shared.options import Model, OutputDir
 from ..shared.saved_model import check_weights, load_saved_model
 from .checks import BATCH_SIZES, ExportError, check_preprocessing, image_sizes, largest_difference, random_images
 from .formats import FORMATS, trace
@@ -207,8 +208,8 @@ def report(record: dict[str, Any]) -> str:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A trained model: a saved folder, or an id on the Hub.")],
-    output_dir: Annotated[Path, typer.Option(help="A folder that does not exist yet, or is empty.")],
+    model: Model,
+    output_dir: OutputDir,
     format: Annotated[
         Literal["onnx", "torch_export"],
         typer.Option(help="ONNX runs without PyTorch; torch.export's format needs PyTorch alone."),

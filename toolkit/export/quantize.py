@@ -36,7 +36,7 @@ with needs("export"):
 def find_images(directory: Path, limit: int) -> tuple[list[str], list[str]]:
     """
     At most `limit` of the images in a folder and its sub-folders, a random sample that is always the same, and notes
-    on what the folder holds beside images.
+    on what the folder holds besides images.
     """
     listing = list_images(directory)
     if not listing.files:
@@ -47,7 +47,7 @@ def find_images(directory: Path, limit: int) -> tuple[list[str], list[str]]:
 def find_labelled_images(directory: Path, labels: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
     """
     Files and label numbers of a folder with one sub-folder per class, named like the model's label, and notes on what
-    the folder holds beside images.
+    the folder holds besides images.
     """
     listing = list_images(directory)
     images = []
@@ -115,10 +115,10 @@ def quantize(file: Path, output: Path, calibration: Sequence[str], preprocessing
         # Without this step ONNX Runtime warns that it is missing.
         prepared = Path(scratch) / file.name
         quant_pre_process(file, prepared, skip_symbolic_shape=True)
-        write_int8(prepared, output, calibration, preprocessing)
+        _quantize_prepared(prepared, output, calibration, preprocessing)
 
 
-def write_int8(file: Path, output: Path, calibration: Sequence[str], preprocessing: dict) -> None:
+def _quantize_prepared(file: Path, output: Path, calibration: Sequence[str], preprocessing: dict) -> None:
     options = {
         "nodes_to_quantize": linear_layers(file),
         "op_types_to_quantize": ["MatMul", "Gemm"],

@@ -8,8 +8,7 @@ import typer
 from huggingface_hub import HfApi, get_token
 from tqdm import tqdm
 
-from ..command import known_names, name_flags
-from ..shared.console import needs, one_line
+from ..shared.console import command_line_names, name_flags, needs, one_line
 
 
 def show(folder: Path):
@@ -57,6 +56,7 @@ def upload_repository(
 
 
 def command(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the model and its image processor.")],
     repo_id: Annotated[str, typer.Option(help="Where to upload to: owner/name on the Hub.")],
     dry_run: Annotated[bool, typer.Option(help="Prepare and show the repository, but upload nothing.")] = False,
@@ -104,8 +104,9 @@ def command(
             model, repo_id, folder, license=license, results=results or [], examples=examples or []
         )
         show(folder)
+        names = command_line_names(context.command.params)
         for note in notes:
-            print(f"note: {name_flags(note, known_names(['push']))}")
+            print(f"note: {name_flags(note, names)}")
         if dry_run:
             print(f"{repo_id} is prepared in {folder}. Nothing was uploaded.")
         else:

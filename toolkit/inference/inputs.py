@@ -123,7 +123,7 @@ def download(address: str, timeout: float) -> bytes:
         raise BadImageError(f"unreadable: no answer in {timeout:g} s") from error
     # The messages of these errors are for developers.
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        raise BadImageError(f"unreadable: the address gives nothing ({type(error).__name__})") from error
+        raise BadImageError(f"unreadable: the download failed ({type(error).__name__})") from error
     if missing:
         raise BadImageError(f"truncated: {missing} bytes are missing")
     return b"".join(parts)

@@ -10,6 +10,7 @@ import typer
 from transformers import pipeline
 
 from ..shared.console import NotStartedError, needs, one_line, parse_value
+from ..shared.options import HvtPool, MergeRatio, Model
 from ..shared.saved_model import load_saved_classifier
 
 
@@ -50,7 +51,7 @@ def predict(
         batch_size (`int`): images per forward pass, in each process.
         num_workers (`int`): threads that read files ahead, in each process.
         timeout (`float`): seconds until an address must have sent everything.
-        device (`str`, *optional*): `cpu`, `cuda`, `cuda:1`, `mps`, …; by default an accelerator if there is one.
+        device (`str`, *optional*): `cpu`, `cuda`, `cuda:1`, `mps`, …. Default: an accelerator if there is one.
         num_thumbnails (`int`): how many of the first files keep a small picture for a contact sheet.
         show_progress (`bool`): whether to show a progress bar on standard error.
         trust_remote_code (`bool`): whether to run code in the model's folder. HPool-ViTs do not need it.
@@ -87,7 +88,7 @@ def predict(
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A saved folder, or an id on the Hub.")],
+    model: Model,
     images: Annotated[
         list[str], typer.Argument(help="Files, folders, http(s) addresses; - reads names from standard input.")
     ],
@@ -107,13 +108,8 @@ def command(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps, … Default: an accelerator if there is one.")
     ] = None,
-    hvt_pool: Annotated[
-        str | None, typer.Option(help="Another pooling schedule of the model, such as 1,5, or none for no pooling.")
-    ] = None,
-    merge_ratio: Annotated[
-        str | None,
-        typer.Option(help="For a model that merges: the share to merge, or one per block, such as 0.3,0.2."),
-    ] = None,
+    hvt_pool: HvtPool = None,
+    merge_ratio: MergeRatio = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code in the model's folder. HPool-ViTs do not need it.")
     ] = False,

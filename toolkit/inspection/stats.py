@@ -113,7 +113,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL_OR_PRESET]...",
-            help=f"Saved folders, Hub ids or presets ({', '.join(PRESETS)}). By default all presets.",
+            help=f"Saved folders, Hub ids or presets ({', '.join(PRESETS)}). Default: all presets.",
             show_default=False,
         ),
     ] = None,

@@ -19,6 +19,7 @@ from ..shared.console import needs, parse_value
 from ..shared.figures import save_figure
 from ..shared.files import written_whole
 from ..shared.images import BadImageError, decode_image, read_image
+from ..shared.options import HvtPool, ImageSize, MergeRatio, Model, parse_image_size
 from ..shared.saved_model import SavedModelError, load_saved_model
 from .trace import PoolingTrace, block_macs, trace_pooling
 
@@ -142,9 +143,12 @@ def load_model(name: str, **overrides) -> tuple[PreTrainedModel, BaseImageProces
 
 
 def read_images(paths: list[str]) -> list[Image.Image]:
-    """The images in RGB. Raises a `BadImageError` that names the file."""
+    """The images in RGB. Raises a `BadImageError` that names the file, and a `ValueError` for web addresses."""
     if len(paths) > MAX_IMAGES:
         raise ValueError(f"There are {len(paths)} images: pass at most {MAX_IMAGES} at a time.")
+    for path in paths:
+        if "://" in path:
+            raise ValueError(f"{path} is an address, and only files can be drawn: download it first.")
     images = []
     for path in paths:
         try:
@@ -172,17 +176,6 @@ def check_outputs(images: list[str], **outputs: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def parse_image_size(text: str | None) -> tuple[int, int] | None:
-    """Height and width from `320` or `224,384`."""
-    if text is None:
-        return None
-    value = parse_value("image_size", text)
-    sides = value if isinstance(value, list) else [value]
-    if len(sides) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"`image_size={text}` must be one number of pixels, or height and width: 224,384.")
-    return sides[0], sides[-1]
-
-
 def report(trace: PoolingTrace, config: HPoolViTConfig, images: list[str], outputs: list[Path | None]) -> None:
     if trace.logits is not None:
         for path, probabilities in zip(images, trace.logits.softmax(-1), strict=True):
@@ -193,22 +186,12 @@ def report(trace: PoolingTrace, config: HPoolViTConfig, images: list[str], outpu
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A saved folder or a Hub id of an HPool-ViT.")],
+    model: Model,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help=f"Image files, at most {MAX_IMAGES}.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write: .png, .pdf, .svg, …")],
-    hvt_pool: Annotated[
-        str | None,
-        typer.Option(metavar="BLOCKS", help="Pool at the input of other blocks, such as 1,5,9, or none."),
-    ] = None,
-    merge_ratio: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARES", help="Merge another share of the tokens: one for all stages, or 0.3,0.2 for two."
-        ),
-    ] = None,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="PIXELS", help="Another image size: 320, or height and width: 224,384.")
-    ] = None,
+    hvt_pool: HvtPool = None,
+    merge_ratio: MergeRatio = None,
+    image_size: ImageSize = None,
     chart: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the tokens and MACs per block as a picture of their own."),

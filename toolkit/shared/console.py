@@ -1,9 +1,10 @@
 """What the commands share on the command line: values of flags, missing packages, and errors of one line."""
 
+import ast
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from huggingface_hub.utils import validate_repo_id
 
 class NotStartedError(ValueError):
     """Stops a command before it begins its work: the exit status is 2, as for a wrong flag, and not 1."""
+
+
+class StoppedError(ValueError):
+    """
+    Stops a command in the middle of its work. It can happen in one of several processes alone, so each prints its own.
+    """
 
 
 @contextlib.contextmanager
@@ -65,6 +72,54 @@ def one_line(text: Any) -> str:
     """
     visible = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", " ", str(text))
     return " ".join(visible.split())
+
+
+def command_line_names(parameters: Iterable[Any]) -> dict[str, str]:
+    """For each of a command's parameters, what it is called on the command line: `--top_k` or `MODEL`."""
+    names = {}
+    for parameter in parameters:
+        flags = [flag for flag in parameter.opts if flag.startswith("--")]
+        names[parameter.name] = flags[0] if flags else parameter.metavar
+    return names
+
+
+def name_flags(message: str, names: dict[str, str]) -> str:
+    """
+    A message of the library in the words of the command line: `output_dir` becomes --output_dir, `top_k=0` becomes
+    --top_k 0, and `hvt_pool=[1, 5, 9]` becomes --hvt_pool 1,5,9.
+
+    Args:
+        message: the message, with arguments in backticks.
+        names: for each argument, what the command line calls it.
+    """
+
+    def rename(match: re.Match) -> str:
+        name, value = names.get(match["name"]), match["value"]
+        if name is None:
+            return match[0]
+        return name if value is None else f"{name} {_flag_text(value)}"
+
+    return re.sub(r"`(?P<name>\w+)(=(?P<value>[^`]*))?`", rename, message)
+
+
+def _flag_text(value: str) -> str:
+    """A value as you write it after a flag, from what `repr` makes of it; other text stays as it is."""
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        parsed = value
+    if not isinstance(parsed, list):
+        return value.strip("'")
+    if any(part is None or isinstance(part, list) for part in parsed):
+        return ";".join(map(schedule_name, parsed))
+    return schedule_name(parsed)
+
+
+def schedule_name(schedule: Any) -> str:
+    """A pooling schedule, or another list, as you write it on the command line: `1,5,9`, or `none`."""
+    if isinstance(schedule, list | tuple):
+        return ",".join(map(str, schedule)) or "none"
+    return "none" if schedule is None else str(schedule)
 
 
 def hub_id(name: str | None) -> str | None:

@@ -103,9 +103,9 @@ def write_json(path: str | Path, content: Any) -> None:
     """Writes a JSON file in one step: nobody sees it half written. Missing folders are created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:

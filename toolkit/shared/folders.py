@@ -57,14 +57,14 @@ class FolderListing:
             endings = self.other_endings.most_common()
             shown = [ending if len(endings) == 1 else f"{ending} ({count})" for ending, count in endings]
             notes.append(f"{counted(number, 'file')} with other endings {were(number)} left out: {some(shown)}")
-        for paths, noun, kind in (
-            (self.links, "link", "to what is read elsewhere"),
-            (self.not_regular, "name", "of pipes or devices"),
+        for paths, one, several in (
+            (self.links, "link to files that are listed elsewhere", "links to files that are listed elsewhere"),
+            (self.not_regular, "pipe or device", "pipes or devices"),
         ):
             if paths:
                 names = [os.path.relpath(path, self.folder) for path in paths]
                 number = len(names)
-                notes.append(f"{counted(number, noun)} {kind} {were(number)} left out: {some(names)}")
+                notes.append(f"{number} {one if number == 1 else several} {were(number)} left out: {some(names)}")
         return [f"{escaped(self.folder)}: {escaped(note)}" for note in notes]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hpool_vit import image_processing_hpool_vit
 
-from .console import needs
+from .console import needs, one_line
 
 
 # Files in these modes can look different in RGB, so the report lists them.
@@ -68,7 +68,8 @@ def read_image(image: dict | None) -> bytes:
             or a file at a path or web address.
 
     Raises:
-        BadImageError: if there are no bytes, or more than `MAX_BYTES`.
+        BadImageError: if there are no bytes, or more than `MAX_BYTES`, or they cannot be read.
+        ImportError: if reading the address needs a missing package.
     """
     if image is None or (image["bytes"] is None and not image["path"]):
         raise BadImageError("no image")
@@ -80,8 +81,12 @@ def read_image(image: dict | None) -> bytes:
             check_size(os.path.getsize(path))
         with open_path(path) as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise BadImageError(f"unreadable: {error.strerror or error}") from error
+    except (BadImageError, ImportError):
+        raise
+    # The errors of the clients that read addresses have no common class.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+        raise BadImageError(f"unreadable: {reason}") from error
     check_size(len(data))
     return data
 

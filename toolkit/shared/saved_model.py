@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hpool_vit.configuration_hpool_vit import POOL_MODES
 from hpool_vit.pooling_hpool_vit import POOLINGS
 
-from .console import hub_id, one_line
+from .console import hub_id, one_line, schedule_name
 
 
 class SavedModelError(ValueError):
@@ -107,8 +107,8 @@ def _check_schedule(name: str, config: Any, overrides: dict[str, Any]) -> list[s
     if not POOL_MODES[config.pool_mode].has_positions or (overrides["hvt_pool"] or []) in config.schedules:
         return []
     return [
-        f"note: {name} was not trained for hvt_pool={overrides['hvt_pool']}, only for "
-        f"{', '.join(map(str, config.schedules))}: expect worse answers."
+        f"note: {name} was not trained for hvt_pool={schedule_name(overrides['hvt_pool'])}, only for "
+        f"{'; '.join(map(schedule_name, config.schedules))}: expect worse answers."
     ]
 
 

@@ -184,8 +184,8 @@ def read_file(parser: Parser, path: Path) -> dict[str, Any]:
     """The flags in a configuration file, each with the type of its flag."""
     try:
         # JSON is YAML too.
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold lines of the form `flag: value`.")
@@ -252,7 +252,8 @@ def check_same_run(args: Arguments, output_dir: Path):
     path = output_dir / RECORD
     if not path.is_file():
         return
-    earlier, now = yaml.safe_load(path.read_text()), yaml.safe_load(yaml.safe_dump(full_record(args)))
+    earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+    now = yaml.safe_load(yaml.safe_dump(full_record(args)))
     for group, values in now.items():
         before = earlier.get(group, {})
         for name in sorted(values.keys() | before.keys()):

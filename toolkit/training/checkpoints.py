@@ -52,7 +52,7 @@ def sizes_of(folder: Path) -> dict[str, int]:
 def is_complete(folder: Path) -> bool:
     """Whether every file of the checkpoint exists in full."""
     try:
-        expected = json.loads((folder / MANIFEST).read_text())["files"]
+        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return expected.items() <= sizes_of(folder).items()
@@ -80,7 +80,7 @@ def write_checkpoint(folder: Path, *, is_main_process: bool, wait_for_everyone, 
         keep: the number of checkpoints to keep. None or 0 keeps all.
 
     Raises:
-        CheckpointError: if the block fails to write. The incomplete folder is removed.
+        CheckpointError: if the block fails to write. The incomplete folder is removed, as after any other error.
     """
     if is_main_process:
         # Files of a run that was killed here must not mix with the new ones.
@@ -91,10 +91,11 @@ def write_checkpoint(folder: Path, *, is_main_process: bool, wait_for_everyone, 
         wait_for_everyone()
         if is_main_process:
             mark_complete(folder)
-    # PyTorch reports a full disk as a RuntimeError.
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_main_process:
             remove(folder)
+        if not cannot_write(error):
+            raise
         raise cannot_be_written(folder, folder.parent, error) from error
     if is_main_process and keep:
         earlier = [path for path in list_checkpoints(folder.parent) if step_of(path) < step_of(folder)]
@@ -128,12 +129,17 @@ def write_results(output_dir: Path, *, is_main_process: bool, wait_for_everyone)
             for file in folder.iterdir():
                 os.replace(file, output_dir / file.name)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not TORCH_CANNOT_WRITE.search(str(error)):
+        if not cannot_write(error):
             raise
         raise cannot_be_written(output_dir, output_dir, error) from error
     finally:
         if is_main_process:
             remove(folder.parent)
+
+
+def cannot_write(error: Exception) -> bool:
+    """Whether an error comes from the disk. PyTorch reports a full disk as a RuntimeError, like many other things."""
+    return not isinstance(error, RuntimeError) or TORCH_CANNOT_WRITE.search(str(error)) is not None
 
 
 def cannot_be_written(folder: Path, output_dir: Path, error: Exception) -> CheckpointError:
@@ -157,7 +163,7 @@ def mark_complete(folder: Path):
     sizes = sizes_of(folder)
     sync(folder)
     draft = folder / (MANIFEST + ".part")
-    with open(draft, "w") as file:
+    with open(draft, "w", encoding="utf-8") as file:
         json.dump({"files": sizes}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())

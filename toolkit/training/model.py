@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import cached_file
@@ -18,6 +17,7 @@ from ..conversion.image_processor import image_processor_for
 from ..conversion.sources import read_source
 from ..conversion.vit import convert_source
 from ..shared.console import parse_value
+from ..shared.files import read_json
 from .recipes import RecipeArguments, option, prepared_size
 
 
@@ -176,7 +176,9 @@ def is_hpool_vit(model_name_or_path: str) -> bool:
         return False
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"`model_name_or_path={str(path)!r}` has no config.json: give the folder of a saved model.")
-    config = yaml.safe_load(Path(cached_file(model_name_or_path, "config.json")).read_text())
+    config = read_json(cached_file(model_name_or_path, "config.json"))
+    if not isinstance(config, dict):
+        raise ValueError(f"`model_name_or_path={str(path)!r}` has a config.json that is not a JSON object.")
     return config.get("model_type") == HPoolViTConfig.model_type
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import math
+import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.utils import logging
 
 from ..data.loaders import BatchRecords, make_train_loader, make_validation_loader, set_epoch
 from ..data.sources import ImageData, load_image_data
-from ..shared.console import needs
+from ..shared.console import StoppedError, needs
 from ..shared.files import written_whole
 from ..shared.images import DataError
 from .arguments import RECORD, Arguments, check_same_run, full_record, parse_arguments
@@ -103,7 +104,7 @@ class TrainingRun:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         record = yaml.safe_dump(full_record(self.args), sort_keys=False, allow_unicode=True)
         with written_whole(self.output_dir / RECORD) as part:
-            part.write_text(record)
+            part.write_text(record, encoding="utf-8")
         print(record + "\n".join(self.notes), flush=True)
         print(
             f"{self.model.num_parameters() / 1e6:.2f} M parameters, tokens {self.model.config.tokens_per_stage()}, "
@@ -187,7 +188,7 @@ class TrainingRun:
             yield folder
             self.records.write(folder / BAD_IMAGES, self.is_main_process)
             if self.is_main_process:
-                (folder / RECORD).write_text((self.output_dir / RECORD).read_text())
+                shutil.copyfile(self.output_dir / RECORD, folder / RECORD)
 
 
 def make_loaders(args: Arguments, data: ImageData, image_processor, num_labels: int) -> tuple[DataLoader, DataLoader]:
@@ -234,7 +235,8 @@ def run_program(
         argv, introduction, prog: as for `parse_arguments`.
 
     Raises:
-        ValueError: in one line, for whatever is wrong with flags, data, model or disk.
+        ValueError: in one line, for whatever is wrong with flags, data or model.
+        StoppedError: in one line, for what stops the training, such as a full disk.
         OSError: for a file that cannot be read.
     """
     args = parse_arguments(argv, introduction, prog)
@@ -244,11 +246,11 @@ def run_program(
         train(run)
     except (TrainingStopped, CheckpointError, DataError) as error:
         # Without the traceback, which keeps the workers of the loader alive for seconds.
-        raise ValueError(str(error)) from error.with_traceback(None)
+        raise StoppedError(str(error)) from error.with_traceback(None)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             message = f"{error.filename or run.output_dir} cannot be written: {error.strerror}. Free some disk space"
-            raise ValueError(f"{message} and run the same command again.") from error.with_traceback(None)
+            raise StoppedError(f"{message} and run the same command again.") from error.with_traceback(None)
         # Nobody foresaw this error, and its message alone does not say where it comes from.
         traceback.print_exc()
         raise

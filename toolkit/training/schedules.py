@@ -4,14 +4,9 @@ import random
 from collections.abc import Iterator
 
 from hpool_vit import HPoolViTForImageClassification
+from hpool_vit.configuration_hpool_vit import Schedule
 
-
-Schedule = list[int] | None
-
-
-def schedule_name(schedule: Schedule) -> str:
-    """A schedule as you write it on the command line: `1,5,9`, or `none`."""
-    return ",".join(map(str, schedule or [])) or "none"
+from ..shared.console import schedule_name
 
 
 class ScheduleSampler:

@@ -204,7 +204,7 @@ def test_links_bring_each_image_once_under_its_own_label_and_never_into_both_spl
         used += [os.path.realpath(path) for path in paths]
     assert len(used) == len(set(used)) == 12
     (note,) = data.notes
-    assert note.endswith("3 links to what is read elsewhere were left out: ant/up, bee/0_again.png, cat/top")
+    assert note.endswith("3 links to files that are listed elsewhere were left out: ant/up, bee/0_again.png, cat/top")
 
 
 def test_what_systems_leave_is_no_class_and_what_cannot_be_read_is_counted(tmp_path):

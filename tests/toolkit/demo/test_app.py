@@ -1,5 +1,6 @@
 """The demo page without a browser: what it computes, what it refuses, and what it keeps in or out."""
 
+import os
 import sys
 import threading
 
@@ -8,6 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from huggingface_hub import constants
 from image_files import BAD_FILES, encoded, picture, write_folder
 from transformers import pipeline
 
@@ -18,6 +20,7 @@ from hpool_vit.toolkit.demo.files import (
     MAX_EXAMPLES,
     MAX_FILE_MEGABYTES,
     MAX_FILES,
+    MAX_MEGAPIXELS,
     find_examples,
     open_image,
     read_images,
@@ -274,12 +277,28 @@ class TestTheCommand:
         ],
     )
     def test_wrong_input_is_reported_in_one_line(self, arguments, problem, folder, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", PIL.Image.MAX_IMAGE_PIXELS)
         monkeypatch.setattr(command, "quiet", lambda: None)
         with pytest.raises(SystemExit) as stopped:
             command.main(["demo", *(argument.format(tmp=tmp_path, folder=folder) for argument in arguments)])
         [line] = capsys.readouterr().err.splitlines()
         assert stopped.value.code == 1 and line.startswith(f"error: {problem.format(tmp=tmp_path)}")
+
+    def test_the_limits_of_the_page_end_with_it(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+        pixels, during = PIL.Image.MAX_IMAGE_PIXELS, []
+
+        def interrupt(demo, **keywords):
+            limits = PIL.Image.MAX_IMAGE_PIXELS, constants.HF_HUB_OFFLINE, os.environ["GRADIO_ANALYTICS_ENABLED"]
+            during.append(limits)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(gr.Blocks, "launch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            serve([folder])
+        assert during == [(MAX_MEGAPIXELS * 1_000_000, True, "False")]
+        assert pixels == PIL.Image.MAX_IMAGE_PIXELS and not constants.HF_HUB_OFFLINE
+        assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "True"
 
     def test_a_missing_gradio_is_reported_with_the_line_that_installs_it(self, folder, monkeypatch):
         monkeypatch.setitem(sys.modules, "gradio", None)

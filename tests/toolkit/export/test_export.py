@@ -336,7 +336,7 @@ def linked_photos(tmp_path) -> Path:
 def test_images_to_calibrate_and_measure_with_are_each_taken_once_under_their_own_label(linked_photos):
     notes = [
         f"{linked_photos}: 1 file with other endings was left out: .xyz",
-        f"{linked_photos}: 2 links to what is read elsewhere were left out: ant/up, bee/top",
+        f"{linked_photos}: 2 links to files that are listed elsewhere were left out: ant/up, bee/top",
     ]
     files = [str(linked_photos / label / f"{number}.png") for label in ("ant", "bee", "cat") for number in range(2)]
     found, found_notes = find_images(linked_photos, 100)

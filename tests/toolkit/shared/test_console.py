@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hpool_vit.toolkit.shared.console import hub_id, needs, one_line, parse_value, run
+from hpool_vit.toolkit.shared.console import hub_id, name_flags, needs, one_line, parse_value, run
 
 
 def test_what_is_wrong_with_the_input_ends_a_program_with_one_line(capsys):
@@ -44,6 +44,25 @@ def test_only_an_owner_and_a_name_that_are_no_folder_here_are_an_id_of_the_hub(t
     assert hub_id("facebook/deit") == "facebook/deit"
     others = (None, "digits", "/data/x", "../up", "a/b/c", "a b/c", "outputs/warm-start")
     assert [hub_id(name) for name in others] == [None] * 7
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("choose another `output_dir`.", "choose another --output_dir."),
+        ("`top_k=0` is too small", "--top_k 0 is too small"),
+        ("`output_dir='a b'` is taken", "--output_dir a b is taken"),
+        ("`model` and `top_k`", "MODEL and --top_k"),
+        ("`top_k2` and `pool_mode=avg` and output_dir", "`top_k2` and `pool_mode=avg` and output_dir"),
+        ("`hvt_pool=[1, 99]` names block 99", "--hvt_pool 1,99 names block 99"),
+        ("`hvt_pool=[1, 5` is not a value", "--hvt_pool [1, 5 is not a value"),
+        ("`hvt_pool=[]`", "--hvt_pool none"),
+        ("`hvt_pool_choices=[None, [6], [1, 5, 9]]`", "--hvt_pool_choices none;6;1,5,9"),
+    ],
+)
+def test_a_message_gets_the_words_of_the_command_line(message, expected):
+    names = {name: f"--{name}" for name in ("output_dir", "top_k", "hvt_pool", "hvt_pool_choices")}
+    assert name_flags(message, names | {"model": "MODEL"}) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every image that can be used becomes RGB; every other one is named with its reason."""
 
 import io
+import sys
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import PIL.Image
 import pytest
 from image_files import BAD_FILES, CONVERTED_FILES, encoded, picture
 
+from hpool_vit.toolkit.shared import images
 from hpool_vit.toolkit.shared.images import (
     MAX_BYTES,
     BadImageError,
@@ -83,6 +85,24 @@ def test_a_missing_file_and_a_missing_image_are_bad_images(tmp_path):
     for nothing in (None, {"bytes": None, "path": None}):
         with pytest.raises(BadImageError, match="no image"):
             read_image(nothing)
+
+
+def test_an_address_that_cannot_be_read_is_a_bad_image_whatever_its_error_is(monkeypatch):
+    class ClientResponseError(Exception):
+        """What `datasets` raises, which is not an `OSError`."""
+
+    def refuse(path):
+        raise ClientResponseError("403,\nmessage='Forbidden'")
+
+    monkeypatch.setattr(images, "open_path", refuse)
+    with pytest.raises(BadImageError, match=r"^unreadable: 403, message='Forbidden'$"):
+        read_image({"bytes": None, "path": "https://example.org/photo.jpg"})
+
+
+def test_a_missing_package_is_not_a_bad_image(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets.utils.file_utils", None)
+    with pytest.raises(ImportError, match="is missing"):
+        read_image({"bytes": None, "path": "https://example.org/photo.jpg"})
 
 
 def test_a_file_of_more_than_a_gibibyte_is_refused_unread(tmp_path):

@@ -148,6 +148,15 @@ def test_an_error_of_another_kind_is_not_taken_for_a_full_disk(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_nor_is_it_in_a_checkpoint_which_is_removed(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    keywords = {"is_main_process": True, "wait_for_everyone": lambda: None, "keep": None}
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), write_checkpoint(folder, **keywords):
+        folder.mkdir()
+        raise RuntimeError("out of memory")
+    assert not list(tmp_path.iterdir())
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -1,9 +1,10 @@
 """What training starts from."""
 
+import pytest
 from helpers import tiny_model
 
 from hpool_vit import HPoolViTImageProcessor
-from hpool_vit.toolkit.training.model import start_from
+from hpool_vit.toolkit.training.model import is_hpool_vit, start_from
 from hpool_vit.toolkit.training.recipes import RecipeArguments, prepared_size
 
 
@@ -29,3 +30,11 @@ def test_an_image_processor_of_another_size_gives_way_to_one_that_fits(tmp_path)
     )
     _, processor, _ = start_from(str(tmp_path), RecipeArguments(), {})
     assert prepared_size(processor) == model.config.image_shape and list(processor.image_mean) == [0.1] * 3
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": ', b"[1, 2]", b"\xff"])
+def test_a_damaged_configuration_is_one_line(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json .*not a JSON|config\.json is not a JSON") as error:
+        is_hpool_vit(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -153,7 +153,7 @@ def test_a_class_without_validation_images_has_no_accuracy_and_no_effect(program
     assert (out / "confusion_matrix.png").is_file()
     printed = capsys.readouterr().out
     assert f"{train}: 1 file with other endings was left out: .xyz" in printed
-    assert f"{train}: 1 link to what is read elsewhere was left out: ant/up" in printed
+    assert f"{train}: 1 link to files that are listed elsewhere was left out: ant/up" in printed
 
 
 @both_programs
