@@ -225,7 +225,7 @@ def check_image_size(session: onnxruntime.InferenceSession, pixel_values: np.nda
     if any(isinstance(size, int) and size != other for size, other in zip(expected, given, strict=True)):
         raise ValueError(
             f"The model takes images of {' × '.join(map(str, expected))} (channels, height, width), not of "
-            f"{' × '.join(map(str, given))}: leave --image_size out, or export with --dynamic_image_size."
+            f"{' × '.join(map(str, given))}: use the model's own size, or export the model with --dynamic_image_size."
         )
 
 

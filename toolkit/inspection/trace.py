@@ -157,7 +157,7 @@ def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[i
 
     Args:
         config (`HPoolViTConfig`): the configuration.
-        num_patches (`int`, *optional*): the number of patches of the image. By default that of `config.image_size`.
+        num_patches (`int`, *optional*): the number of patches of the image. Default: that of `config.image_size`.
 
     Returns:
         `list[int]`: one number for each block.

@@ -126,7 +126,7 @@ def soak_command(
 
 
 def wrong_error(result) -> list[str]:
-    """An error shall be one line, whatever else was reported before."""
+    """An error must be one line, whatever else was reported before."""
     line = last_line(result.stderr)
     if not line.startswith("error: ") or "Traceback" in result.stderr:
         return [f"the error is not one line, but {len(result.stderr.splitlines())}, which end in {line!r}"]
@@ -134,7 +134,7 @@ def wrong_error(result) -> list[str]:
 
 
 def wrong_files(whole: Path, left: Path, missing: bool) -> list[str]:
-    """Each entry of the folder shall be there in full or not at all; all of them unless some may be missing."""
+    """Each entry of the folder must be there in full or not at all; all of them unless some may be missing."""
     lines = []
     for entry in {path.name for folder in (whole, left) for path in folder.iterdir()}:
         given, expected = left / entry, whole / entry
@@ -151,7 +151,7 @@ def wrong_files(whole: Path, left: Path, missing: bool) -> list[str]:
 
 def wrong_training(command: Callable[[Path], list[str]], whole: Path, left: Path) -> list[str]:
     """
-    Checkpoints and the model shall be there in full or not at all, and the same command with enough space comes to
+    Checkpoints and the model must be there in full or not at all, and the same command with enough space comes to
     the same end.
     """
     output_dir, expected = left / "out", whole / "out"

@@ -21,7 +21,7 @@ class OddFile:
     Args:
         path: the file. Its name need not be UTF-8.
         kind: the key in `KINDS`.
-        is_usable: whether it shall be answered, or refused with a reason.
+        is_usable: whether it must be answered, or refused with a reason.
     """
 
     path: Path
