@@ -109,6 +109,12 @@ def test_a_wrong_file_gives_one_clear_line(capsys, tmp_path, text, message):
     assert message in error_of(capsys, tmp_path, file=file)
 
 
+def test_a_file_is_read_as_utf_8(capsys, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_bytes("train_dir: f\u00fc\u00dfe".encode("latin-1"))
+    assert "settings.yaml is not valid YAML or JSON" in error_of(capsys, tmp_path, file=file)
+
+
 def test_a_missing_file_gives_one_clear_line(capsys, tmp_path):
     assert "nowhere.yaml" in error_of(capsys, tmp_path, file=tmp_path / "nowhere.yaml")
 
