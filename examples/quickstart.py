@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hpool_vit.toolkit.data.digits import load_digits_dataset
+from hpool_vit.toolkit import load_digits_dataset
 
 
 RESULTS_NAME = "quickstart.json"

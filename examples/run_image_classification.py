@@ -16,21 +16,23 @@ from transformers.trainer_utils import EvalPrediction
 
 from hpool_vit import HPoolViTConfig
 from hpool_vit.configuration_hpool_vit import PRESETS
-from hpool_vit.toolkit.data.sources import DataArguments, ImageData, ImageSource, load_image_data
-from hpool_vit.toolkit.hub.card import write_model_card
-from hpool_vit.toolkit.shared.console import parse_value
-from hpool_vit.toolkit.shared.images import decode_image, read_image
-from hpool_vit.toolkit.training.evaluation import compute_metrics
-from hpool_vit.toolkit.training.model import labels_of, new_model, start_from
-from hpool_vit.toolkit.training.optimization import make_optimizer
-from hpool_vit.toolkit.training.recipes import (
-    RecipeArguments,
+from hpool_vit.toolkit import (
+    DataArguments,
+    compute_metrics,
+    final_report,
+    load_image_data,
+    make_optimizer,
     recipe_arguments,
     train_transform,
     training_settings,
     validation_transform,
+    write_model_card,
 )
-from hpool_vit.toolkit.training.report import final_report
+from hpool_vit.toolkit.data.sources import ImageData, ImageSource
+from hpool_vit.toolkit.shared.console import parse_value
+from hpool_vit.toolkit.shared.images import decode_image, read_image
+from hpool_vit.toolkit.training.model import labels_of, new_model, start_from
+from hpool_vit.toolkit.training.recipes import RecipeArguments
 
 
 RECIPE = "finetune"
