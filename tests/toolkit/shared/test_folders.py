@@ -44,7 +44,9 @@ def test_links_to_folders_above_are_left_out_and_named(photos):
     (photos / "all").symlink_to(photos.parent.parent)
     listing = list_images(photos)
     assert names(listing) == NAMES and listing.subfolders == ["ant", "bee", "cat"]
-    assert listing.notes() == [f"{photos}: 3 links to files that are listed elsewhere were left out: all, ant/up, bee/top"]
+    assert listing.notes() == [
+        f"{photos}: 3 links to files that are listed elsewhere were left out: all, ant/up, bee/top"
+    ]
 
 
 def test_a_linked_file_or_folder_keeps_the_place_where_it_lies(photos):
@@ -131,7 +133,10 @@ def test_names_that_are_not_utf8_are_listed_and_shown_escaped(photos):
     assert os.fsencode(listing.files[-3]) == folder + b"/\xe4.png"
     assert as_utf8(listing.files[-3]) == f"{photos}/caf\\xe9/\\xe4.png" and as_utf8("ü\n") == "ü\n"
     os.symlink(os.fsencode(photos), folder + b"/\xf6")
-    assert f"{photos}: 1 link to files that are listed elsewhere was left out: caf\\xe9/\\xf6" in list_images(photos).notes()
+    assert (
+        f"{photos}: 1 link to files that are listed elsewhere was left out: caf\\xe9/\\xf6"
+        in list_images(photos).notes()
+    )
 
 
 def test_a_folder_that_cannot_be_read_is_named_with_the_reason(tmp_path):
