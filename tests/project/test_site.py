@@ -94,8 +94,10 @@ def test_links_out_of_the_documentation_lead_to_pages_that_show_the_file(site):
         assert f'href="{link}"' in training
         html = (site / link).read_text()
         assert name in Page(html).text and shown in html
-    # The README is shown as a page, whose own links lead on.
-    assert 'href="../training.html"' in (site / "source/README.md.html").read_text()
+    # Markdown is shown as a page, whose own links lead on.
+    assert 'href="source/CONTRIBUTING.md.html"' in (site / "index.html").read_text()
+    contributing = (site / "source/CONTRIBUTING.md.html").read_text()
+    assert 'href="../how_it_works.html#how-the-pictures-were-made"' in contributing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
