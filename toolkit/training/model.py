@@ -89,7 +89,7 @@ def build_model(
     args: ModelArguments, recipe: RecipeArguments, label_names: list[str]
 ) -> tuple[HPoolViTForImageClassification, HPoolViTImageProcessor, list[str]]:
     """
-    The model to train, its image processor, and notes on what is converted or newly initialized.
+    The model to train, its image processor, and notes on what is converted or newly initialised.
 
     Raises:
         ValueError: if no model or more than one is named, or the model cannot be built.
@@ -148,7 +148,7 @@ def start_from(
         overrides: fields of the configuration that replace the model's own.
 
     Returns:
-        The model, its image processor, and notes on what is converted or newly initialized.
+        The model, its image processor, and notes on what is converted or newly initialised.
     """
     if not is_hpool_vit(model_name_or_path):
         source = read_source(model_name_or_path)
@@ -158,8 +158,8 @@ def start_from(
     model, loading = HPoolViTForImageClassification.from_pretrained(
         model_name_or_path, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32, **overrides
     )
-    notes = [f"newly initialized: {name}" for name in sorted(loading["missing_keys"])]
-    notes += [f"newly initialized: {key[0] if isinstance(key, tuple) else key}" for key in loading["mismatched_keys"]]
+    notes = [f"newly initialised: {name}" for name in sorted(loading["missing_keys"])]
+    notes += [f"newly initialised: {key[0] if isinstance(key, tuple) else key}" for key in loading["mismatched_keys"]]
     notes += [f"dropped: {name}" for name in sorted(loading["unexpected_keys"])]
     config = model.config
     processor = AutoImageProcessor.from_pretrained(model_name_or_path)
