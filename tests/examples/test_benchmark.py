@@ -47,6 +47,7 @@ def measurement(model: str, mode: str, rates: list[float], **kwargs) -> Measurem
     return Measurement(row(model, mode), rates=rates, seconds=[2 / rate for rate in rates], **kwargs)
 
 
+@pytest.mark.slow
 def test_a_run_measures_models_and_modes_side_by_side_and_says_what_could_not_run(folders, tmp_path):
     output = tmp_path / "new" / "results"
     names = [folders["flat"], folders["pooled"]]

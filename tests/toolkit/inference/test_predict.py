@@ -467,6 +467,7 @@ def test_a_run_that_breaks_off_leaves_the_earlier_result_as_it_was(model, photos
 # Several processes.
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_files_and_write_one_result(model, tmp_path):
     photos = write_folder(tmp_path / "photos", per_class=12)
     (photos / "cat" / "zz.png").write_bytes(b"the last file of the second process")
@@ -486,6 +487,7 @@ def test_two_processes_share_the_files_and_write_one_result(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "two.csv", "one.csv"}
 
 
+@pytest.mark.slow
 def test_when_a_process_is_killed_no_result_looks_complete(server, model, photos, tmp_path):
     # The second process has this file, and waits for it.
     names = [photos, f"{server.address}/wait.png"]

@@ -172,6 +172,7 @@ for step in range(1, 10_000):
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_moment_leaves_a_checkpoint_that_is_whole(tmp_path):
     for number in range(4):
         folder = tmp_path / str(number)

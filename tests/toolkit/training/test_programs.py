@@ -248,6 +248,7 @@ def test_one_model_is_trained_for_several_schedules(program, tmp_path, photos, p
         assert not torch.equal(*positions), stage
 
 
+@pytest.mark.slow
 @both_programs
 def test_training_on_streams_resumes_too(program, tmp_path):
     for shard in range(2):
@@ -345,6 +346,7 @@ def test_the_loop_refuses_flags_that_only_the_trainer_uses(tmp_path, photos):
     assert "--load_best_model_at_end" in error_of(loop, tmp_path, flags)
 
 
+@pytest.mark.slow
 def test_runs_are_compared_by_seeds_macs_and_speed(tmp_path, photos, capsys):
     flags = f"--train_dir {photos} --validation_dir {photos} --num_train_epochs 1"
     for seed in (0, 1):
