@@ -24,7 +24,7 @@ REASONS = re.compile(
     r"requires|Need at least \d+ FSDP workers"
     # What models of text or of several modalities have, and image classifiers have not.
     r"|resize_embeddings|inputs_embeds|language modeling head|sliding window|RoPE|[Ee]xpert|grouped_mm|router_logits"
-    r"|TP plan|composite|No subconfigs|not resized|other modalities"
+    r"|TP plan|composite|No subconfigs|not resized|other modalities|take a cache as input"
     # What older models have: modules that half precision breaks, weights under other names, other ways to validate.
     r"|_keep_in_fp32_modules|No conversion found|No validation found|does not have dict size"
 )

@@ -130,10 +130,6 @@ class Suites(ModelTesterMixin, ImagePipelineTesterMixin, TrainingTesterMixin):
     def test_resize_position_vector_embeddings(self):
         pass
 
-    @unittest.skip("An image model has no cache of earlier tokens")
-    def test_bc_cache_name_forward(self):
-        pass
-
     @unittest.skip("An image model has no parts of other modalities")
     def test_sdpa_can_dispatch_composite_models(self):
         pass
