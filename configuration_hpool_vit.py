@@ -15,6 +15,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 LN_ORDERS = ("pre", "post", "residual")
 PATCHIFY_TECHNIQUES = ("linear", "convolutional")
+ROPE_COORDINATES = ("centered", "index", "index_from_one")
+
+# What the pooled output may be, and how many times as wide as the tokens it is.
+READOUTS = {"mean": 1, "class_token": 1, "class_token_and_mean": 2, "attention": 1}
 
 # The models of the paper (Table 1 and Section 4): all share image size 224, patch 16, 12 blocks, head width 64.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -186,12 +190,50 @@ class HPoolViTConfig(PreTrainedConfig):
         proportional_attention (`bool`, defaults to `False`):
             Whether attention weighs a merged token by the number of patches it stands for.
         use_class_token (`bool`, defaults to `False`):
-            Whether a class token, never pooled, is the pooled output instead of the mean over the tokens.
+            Whether a class token, never pooled, stands before the patches. It is the pooled output instead of the
+            mean over the tokens, unless `readout` says otherwise.
+        num_register_tokens (`int`, defaults to 0):
+            Number of register tokens (arXiv 2309.16588), which stand before the patches, after a class token, and are
+            never pooled either. They have no position embeddings.
+        readout (`str`, *optional*):
+            The pooled output: `"mean"` over the patch tokens, `"class_token"`, `"class_token_and_mean"` (side by side,
+            as DINOv2's linear heads read them), or `"attention"` (a learned query attends to all tokens, as in SigLIP,
+            arXiv 2303.15343). None: `"class_token"` if `use_class_token`, otherwise `"mean"`.
+        readout_num_heads (`int`, *optional*):
+            Attention heads of `readout="attention"`; None: `num_attention_heads`.
+        use_final_norm (`bool`, defaults to `True`):
+            Whether a LayerNorm follows the last block, where `ln_order` has one.
         norm_after_pooling (`bool`, defaults to `False`):
-            Whether the final LayerNorm of `ln_order="pre"` follows the mean over the tokens instead of preceding it,
-            as in timm's models with `fc_norm`; `last_hidden_state` is without norm then.
+            Whether that LayerNorm of `ln_order="pre"` follows the readout instead of preceding it, as in timm's models
+            with `fc_norm` and in CLIP; `last_hidden_state` is without norm then.
+        embedding_norm (`bool`, defaults to `False`):
+            Whether a LayerNorm precedes the first block, as in CLIP.
+        patch_bias (`bool`, defaults to `True`):
+            Whether the projection of the patches has a bias.
+        use_position_embeddings (`bool`, defaults to `True`):
+            Whether patches, class token and pooling stages have learned position embeddings. Without them the model
+            takes images of any size.
+        rope_theta (`float`, *optional*):
+            Base period of two-dimensional rotary positions (arXiv 2104.09864), which turn queries and keys by angles
+            that grow with the rows and columns of the patches; None: no rotary positions. A pooled or merged token
+            stands at the mean of its patches.
+        rope_coordinates (`str`, defaults to `"centered"`):
+            How rows and columns are counted: `"centered"`: patch centres from -1 to 1, times 2 pi (DINOv3, arXiv
+            2508.10104). `"index"`: from 0 (EVA-02, arXiv 2303.11331). `"index_from_one"`: from 1 (Perception Encoder,
+            arXiv 2504.13181).
+        rope_grid (`int` or `tuple[int, int]`, *optional*):
+            Rows and columns that `"index"` and `"index_from_one"` stretch every image to; None: the image's own.
+        use_gated_mlp (`bool`, defaults to `False`):
+            Whether a block's MLP multiplies two projections, one of them through `hidden_act` (arXiv 2002.05202);
+            SwiGLU is `hidden_act="silu"`.
+        mlp_norm (`bool`, defaults to `False`):
+            Whether a LayerNorm precedes the last projection of a block's MLP, as in EVA-02.
         qkv_bias (`bool`, defaults to `True`):
             Whether the query, key and value projections have a bias.
+        key_bias (`bool`, defaults to `True`):
+            Whether the key projection has one too, if `qkv_bias`.
+        use_qk_norm (`bool`, defaults to `False`):
+            Whether a LayerNorm over each head follows the query and key projections (arXiv 2302.05442).
         layer_norm_eps (`float`, defaults to 1e-6):
             Epsilon of every LayerNorm.
         initializer_range (`float`, defaults to 0.02):
@@ -257,8 +299,22 @@ class HPoolViTConfig(PreTrainedConfig):
     merge_ratio: float | int | list[float] | tuple[float, ...] = 0.5
     proportional_attention: bool = False
     use_class_token: bool = False
+    num_register_tokens: int = 0
+    readout: str | None = None
+    readout_num_heads: int | None = None
+    use_final_norm: bool = True
     norm_after_pooling: bool = False
+    embedding_norm: bool = False
+    patch_bias: bool = True
+    use_position_embeddings: bool = True
+    rope_theta: float | int | None = None
+    rope_coordinates: str = "centered"
+    rope_grid: int | list[int] | tuple[int, int] | None = None
+    use_gated_mlp: bool = False
+    mlp_norm: bool = False
     qkv_bias: bool = True
+    key_bias: bool = True
+    use_qk_norm: bool = False
     layer_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
 
@@ -291,7 +347,7 @@ class HPoolViTConfig(PreTrainedConfig):
         # Resolved here, because `@strict` checks the type of an assignment by the field's own name only.
         key = self.attribute_map.get(key, key)
         # One type per field, so that a configuration equals the one read back from its JSON.
-        if key in ("image_size", "patch_size") and isinstance(value, list):
+        if key in ("image_size", "patch_size", "rope_grid") and isinstance(value, list):
             value = tuple(value)
         elif key in ("hvt_pool", "merge_ratio") and isinstance(value, list | tuple):
             value = list(value)  # also a copy, which nobody else can change
@@ -321,7 +377,7 @@ class HPoolViTConfig(PreTrainedConfig):
     def _stages_before_they_were_recorded(cls, config_dict: dict[str, Any]) -> dict[int, int] | None:
         """In version 0.1, the first schedule in the list that pools at a block decided its position embeddings."""
         config = cls(**{**config_dict, "hvt_pool_choices": None})
-        if not POOL_MODES[config.pool_mode].has_positions:
+        if not config.has_stage_positions:
             return None
         stages: dict[int, int] = {}
         for schedule in [*config_dict["hvt_pool_choices"], config.hvt_pool]:
@@ -329,7 +385,7 @@ class HPoolViTConfig(PreTrainedConfig):
         return stages
 
     def _stages_to_keep(self, saved: "HPoolViTConfig", drop_unneeded: bool) -> dict[int, int] | None:
-        if not (POOL_MODES[saved.pool_mode].has_positions and POOL_MODES[self.pool_mode].has_positions):
+        if not (saved.has_stage_positions and self.has_stage_positions):
             return None
         stages = {block: n for block, n in saved.stage_positions().items() if block < self.num_hidden_layers}
         needed = {block for schedule in self.schedules for block in schedule}
@@ -364,10 +420,35 @@ class HPoolViTConfig(PreTrainedConfig):
             height, width = self.image_shape
         return height // self.patch_shape[0], width // self.patch_shape[1]
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens before the patches: a class token and registers."""
+        return int(self.use_class_token) + self.num_register_tokens
+
+    @property
+    def resolved_readout(self) -> str:
+        """What the pooled output is, a name in `READOUTS`."""
+        return self.readout or ("class_token" if self.use_class_token else "mean")
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled output, which the classifier reads."""
+        return self.hidden_size * READOUTS[self.resolved_readout]
+
+    @property
+    def rope_shape(self) -> tuple[int, int] | None:
+        """Rows and columns of `rope_grid`."""
+        return None if self.rope_grid is None else _pair(self.rope_grid)
+
+    @property
+    def has_stage_positions(self) -> bool:
+        """Whether each pooling stage has position embeddings of its own."""
+        return self.use_position_embeddings and POOL_MODES[self.pool_mode].has_positions
+
     def tokens_per_stage(self, num_patches: int | None = None) -> list[int]:
         """
-        Number of patch tokens (a class token not counted) at the start and after the pooling of each block in
-        `hvt_pool`: 196, 97, 48, 23 for the defaults.
+        Number of patch tokens, without class token and registers, at the start and after the pooling of each block
+        in `hvt_pool`: 196, 97, 48, 23 for the defaults.
 
         Args:
             num_patches (`int`, *optional*): patches of the image; by default those of `image_size`.
@@ -409,7 +490,7 @@ class HPoolViTConfig(PreTrainedConfig):
         blocks one per token under `hvt_pool` or, if only other schedules pool there, under the one of them that
         leaves the most. Empty if stages have no position embeddings.
         """
-        if not POOL_MODES[self.pool_mode].has_positions:
+        if not self.has_stage_positions:
             return {}
         positions: dict[int, int] = {}
         for schedule in self.hvt_pool_choices or []:
@@ -446,9 +527,13 @@ class HPoolViTConfig(PreTrainedConfig):
         """
         config = self.with_schedule(hvt_pool)
         config._check_schedule()
-        if POOL_MODES[self.pool_mode].has_positions:
-            self.stages = self.stage_positions()
+        self.record_stages()
         self.hvt_pool = config.hvt_pool
+
+    def record_stages(self) -> None:
+        """Writes into `stages` which stages the model has, so that a saved folder tells it."""
+        if self.has_stage_positions:
+            self.stages = self.stage_positions()
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "HPoolViTConfig":
@@ -483,15 +568,16 @@ class HPoolViTConfig(PreTrainedConfig):
         self._check_choices()
         self._check_numbers()
         self._check_sizes()
+        self._check_rope()
         self._check_pooling()
-        if self.stages is None and self.hvt_pool_choices and POOL_MODES[self.pool_mode].has_positions:
-            # So that a saved folder tells them; see `_stages_before_they_were_recorded`.
-            self.stages = self.stage_positions()
+        if self.stages is None and self.hvt_pool_choices:
+            # A folder without them is read as one of version 0.1; see `_stages_before_they_were_recorded`.
+            self.record_stages()
 
     def _check_sizes(self) -> None:
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
         names += ["pool_kernel_size", "pool_stride"]
-        names += ["classifier_hidden_size"] if self.classifier_hidden_size is not None else []
+        names += [name for name in ("classifier_hidden_size", "readout_num_heads") if getattr(self, name) is not None]
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
@@ -501,16 +587,19 @@ class HPoolViTConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}={getattr(self, name)}` must be one number or (height, width), each at least 1 pixel."
                 )
+        if self.num_register_tokens < 0:
+            raise ValueError(f"`num_register_tokens={self.num_register_tokens}` must be at least 0.")
         if any(size % patch for size, patch in zip(self.image_shape, self.patch_shape, strict=True)):
             raise ValueError(
                 f"`image_size={self.image_size}` is not divisible by `patch_size={self.patch_size}`: choose a "
                 "multiple of the patch."
             )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size={self.hidden_size}` is not divisible by "
-                f"`num_attention_heads={self.num_attention_heads}`: choose a number of heads that divides the width."
-            )
+        for name in ("num_attention_heads", "readout_num_heads"):
+            if self.hidden_size % (getattr(self, name) or 1):
+                raise ValueError(
+                    f"`hidden_size={self.hidden_size}` is not divisible by `{name}={getattr(self, name)}`: choose a "
+                    "number of heads that divides the width."
+                )
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -518,11 +607,27 @@ class HPoolViTConfig(PreTrainedConfig):
             ("patchify_technique", PATCHIFY_TECHNIQUES),
             ("pool_mode", POOL_MODES),
             ("hidden_act", ACT2FN),
+            ("rope_coordinates", ROPE_COORDINATES),
+            ("readout", (None, *READOUTS)),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown: choose one of {', '.join(choices)}.")
-        if self.norm_after_pooling and self.ln_order != "pre":
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is unknown: choose one of {', '.join(map(str, choices))}."
+                )
+        if self.resolved_readout.startswith("class_token") and not self.use_class_token:
+            raise ValueError(f"`readout={self.readout!r}` needs `use_class_token=True`.")
+        if self.norm_after_pooling:
+            self._check_norm_after_pooling()
+
+    def _check_norm_after_pooling(self) -> None:
+        if self.ln_order != "pre":
             raise ValueError(f"`norm_after_pooling=True` needs `ln_order='pre'`, not {self.ln_order!r}.")
+        if not self.use_final_norm:
+            raise ValueError("`norm_after_pooling=True` needs `use_final_norm=True`.")
+        if self.pooled_size != self.hidden_size:
+            raise ValueError(
+                f"`norm_after_pooling=True` does not go with `readout={self.readout!r}`, which is wider than the norm."
+            )
 
     def _check_numbers(self) -> None:
         probabilities = ["dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "projection_dropout_prob"]
@@ -534,6 +639,22 @@ class HPoolViTConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}={getattr(self, name)}` must be a finite number above 0.")
         if self.layer_scale_init_value is not None and not math.isfinite(self.layer_scale_init_value):
             raise ValueError(f"`layer_scale_init_value={self.layer_scale_init_value}` must be finite, or None.")
+
+    def _check_rope(self) -> None:
+        if self.rope_grid is not None and (len(_pair(self.rope_grid)) != 2 or min(_pair(self.rope_grid)) < 1):
+            raise ValueError(
+                f"`rope_grid={self.rope_grid}` must be one number or (rows, columns), each at least 1 patch."
+            )
+        if self.rope_theta is None:
+            return
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"`rope_theta={self.rope_theta}` must be a finite number above 0, or None.")
+        head_dim = self.hidden_size // self.num_attention_heads
+        if head_dim % 4:
+            raise ValueError(
+                f"`rope_theta={self.rope_theta}` needs heads whose width is divisible by 4, and that of "
+                f"`num_attention_heads={self.num_attention_heads}` is {head_dim}: choose another number of heads."
+            )
 
     def _check_pooling(self) -> None:
         self._check_schedule()

@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, Unpack
 
@@ -14,20 +15,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_hpool_vit import POOL_MODES, HPoolViTConfig
+from .configuration_hpool_vit import HPoolViTConfig
 from .pooling_hpool_vit import (
     HPoolViTPooling,
     HPoolViTStages,
     Streams,
     Tokens,
-    class_token,
+    log_sizes,
     mean_over_patches,
     proportional_attention_mask,
     resize_positions,
 )
+
+
+def layer_norm(config: HPoolViTConfig, width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=config.layer_norm_eps)
 
 
 class HPoolViTPatchEmbeddings(nn.Module):
@@ -39,7 +44,8 @@ class HPoolViTPatchEmbeddings(nn.Module):
     def __init__(self, config: HPoolViTConfig):
         super().__init__()
         self.patch_shape = config.patch_shape
-        self.projection = nn.Linear(config.num_channels * math.prod(self.patch_shape), config.hidden_size)
+        num_pixels = config.num_channels * math.prod(self.patch_shape)
+        self.projection = nn.Linear(num_pixels, config.hidden_size, bias=config.patch_bias)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = nn.functional.unfold(pixel_values, self.patch_shape, stride=self.patch_shape)
@@ -51,7 +57,8 @@ class HPoolViTConvPatchEmbeddings(nn.Module):
 
     def __init__(self, config: HPoolViTConfig):
         super().__init__()
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_shape, config.patch_shape)
+        patch = config.patch_shape
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, patch, patch, bias=config.patch_bias)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
@@ -61,17 +68,30 @@ PATCH_EMBEDDINGS = {"linear": HPoolViTPatchEmbeddings, "convolutional": HPoolViT
 
 
 class HPoolViTEmbeddings(nn.Module):
-    """Patch and position embeddings with dropout, after an optional class token."""
+    """
+    What the first block takes: an optional class token, optional register tokens and the patches, of shape
+    `(batch_size, num_tokens, hidden_size)`. Class token and patches have position embeddings, if the model has any.
+    """
 
     def __init__(self, config: HPoolViTConfig):
         super().__init__()
         self.config = config
         self.patch_embeddings = PATCH_EMBEDDINGS[config.patchify_technique](config)
-        self.num_prefix_tokens = int(config.use_class_token)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_class_token else None
-        num_positions = self.num_prefix_tokens + math.prod(config.patch_grid())
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        self.cls_token = self.learned(int(config.use_class_token))
+        self.register_tokens = self.learned(config.num_register_tokens)
+        num_positions = int(config.use_class_token) + math.prod(config.patch_grid())
+        self.position_embeddings = self.learned(num_positions if config.use_position_embeddings else 0)
+        self.layernorm = layer_norm(config, config.hidden_size) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+
+    def learned(self, num_tokens: int) -> nn.Parameter | None:
+        return nn.Parameter(torch.zeros(1, num_tokens, self.config.hidden_size)) if num_tokens else None
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A parameter with the model's type and device."""
+        weight: torch.Tensor = self.patch_embeddings.get_parameter("projection.weight")
+        return weight if self.position_embeddings is None else self.position_embeddings
 
     def check_input(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool) -> None:
         """Raises a `ValueError` that names the problem with `pixel_values` and the remedy."""
@@ -91,7 +111,7 @@ class HPoolViTEmbeddings(nn.Module):
                 f"{self.config.num_channels}, height, width), as `num_channels={self.config.num_channels}`."
             )
         size = tuple(pixel_values.shape[2:])
-        if interpolate_pos_encoding:
+        if interpolate_pos_encoding or self.position_embeddings is None:
             self.config.tokens_per_stage(math.prod(self.config.patch_grid(*size)))
         elif size != self.config.image_shape:
             raise ValueError(
@@ -102,15 +122,87 @@ class HPoolViTEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         self.check_input(pixel_values, interpolate_pos_encoding)
-        hidden_states = self.patch_embeddings(pixel_values.to(self.position_embeddings.dtype))
-        if self.cls_token is not None:
-            hidden_states = torch.cat((self.cls_token.expand(hidden_states.shape[0], -1, -1), hidden_states), dim=1)
-        positions: torch.Tensor = self.position_embeddings
-        if interpolate_pos_encoding:
-            prefix, positions = positions.tensor_split([self.num_prefix_tokens], dim=1)
-            grid = self.config.patch_grid(*pixel_values.shape[2:])
-            positions = torch.cat((prefix, resize_positions(positions, self.config.patch_grid(), grid)), dim=1)
-        return self.dropout(hidden_states + positions)
+        patches = self.patch_embeddings(pixel_values.to(self.like.dtype))
+        class_token: torch.Tensor | None = self.cls_token
+        if self.position_embeddings is not None:
+            # (1, 1 or 0, hidden_size), (1, num_patches, hidden_size)
+            first, positions = self.position_embeddings.tensor_split([int(self.config.use_class_token)], dim=1)
+            if interpolate_pos_encoding:
+                grid = self.config.patch_grid(*pixel_values.shape[2:])
+                positions = resize_positions(positions, self.config.patch_grid(), grid)
+            patches = patches + positions
+            class_token = None if class_token is None else class_token + first
+        prefix = [token for token in (class_token, self.register_tokens) if token is not None]
+        tokens = [*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches]
+        return self.dropout(self.layernorm(torch.cat(tokens, dim=1) if prefix else patches))
+
+
+def centered(index: torch.Tensor, size: int, reference: int) -> torch.Tensor:
+    """The centres of `size` patches from -1 to 1, times 2 pi (DINOv3)."""
+    return 2 * math.pi * ((2 * index + 1) / size - 1)
+
+
+def from_zero(index: torch.Tensor, size: int, reference: int) -> torch.Tensor:
+    """The numbers of `size` patches from 0, stretched to `reference` patches (EVA-02)."""
+    return index / size * reference
+
+
+def from_one(index: torch.Tensor, size: int, reference: int) -> torch.Tensor:
+    """The numbers of `size` patches from 1, stretched to `reference` patches (Perception Encoder)."""
+    return (index + 1) / size * reference
+
+
+COORDINATES = {"centered": centered, "index": from_zero, "index_from_one": from_one}
+
+
+class HPoolViTRotaryEmbedding(nn.Module):
+    """
+    Rotary positions in two dimensions: the angles by which queries and keys are turned grow with row and column of a
+    token. The first half of the angles of a head comes from the row, the other half from the column.
+    """
+
+    def __init__(self, config: HPoolViTConfig, theta: float):
+        super().__init__()
+        self.config, self.theta = config, theta
+        self.coordinates_along = COORDINATES[config.rope_coordinates]
+        self.num_periods = config.hidden_size // config.num_attention_heads // 4
+
+    def coordinates(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Row and column of each patch of the images: `(1, num_patches, 2)`."""
+        grid = self.config.patch_grid(*pixel_values.shape[2:])
+        axes = [
+            self.coordinates_along(
+                torch.arange(size, device=pixel_values.device, dtype=torch.float32), size, reference
+            )
+            for size, reference in zip(grid, self.config.rope_shape or grid, strict=True)
+        ]
+        return torch.stack(torch.meshgrid(axes, indexing="ij"), dim=-1).flatten(0, 1)[None]
+
+    def forward(
+        self, coordinates: torch.Tensor, num_prefix_tokens: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Cosine and sine of the angles, each of shape `(batch_size or 1, 1, num_tokens, head_dim)`.
+
+        Args:
+            coordinates (`torch.FloatTensor` of shape `(batch_size or 1, num_patch_tokens, 2)`): row and column.
+            num_prefix_tokens (`int`): the number of tokens before the patch tokens, which are not turned.
+            dtype (`torch.dtype`): the type of the result.
+        """
+        with maybe_autocast(coordinates.device.type, enabled=False):
+            exponents = torch.arange(self.num_periods, device=coordinates.device, dtype=torch.float32)
+            periods = self.theta ** (exponents / self.num_periods)
+            # (batch_size or 1, num_patch_tokens, head_dim / 2)
+            angles = (coordinates.unsqueeze(-1) / periods).flatten(2)
+            angles = nn.functional.pad(angles, (0, 0, num_prefix_tokens, 0))
+            angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+            return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns each pair of channels, which are half a head apart, by its angle (RoFormer, arXiv 2104.09864)."""
+    first, second = states.chunk(2, dim=-1)
+    return (states * cos + torch.cat((-second, first), dim=-1) * sin).to(states.dtype)
 
 
 def eager_attention_forward(
@@ -142,21 +234,29 @@ class HPoolViTAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias and config.key_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_norm = layer_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
+        self.k_norm = layer_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
         self.dropout = nn.Dropout(config.projection_dropout_prob)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # (batch_size, num_heads, num_tokens, head_dim)
         query, key, value = (
             projection(hidden_states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        # Autocast leaves the norms in float32.
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         hidden_states, attentions = attention_fn(
             self,
@@ -176,12 +276,30 @@ class HPoolViTMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation_fn = ACT2FN[config.hidden_act]
+        self.layernorm = layer_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
+        hidden_states = self.layernorm(self.dropout(self.activation_fn(self.fc1(hidden_states))))
         return self.dropout(self.fc2(hidden_states))
+
+
+class HPoolViTGatedMLP(nn.Module):
+    """An MLP whose hidden features are the product of two projections, one of them activated (arXiv 2002.05202)."""
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.layernorm = layer_norm(config, config.intermediate_size) if config.mlp_norm else nn.Identity()
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gated = self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.dropout(self.down_proj(self.layernorm(self.dropout(gated))))
 
 
 class HPoolViTLayerScale(nn.Module):
@@ -231,9 +349,9 @@ class HPoolViTLayer(GradientCheckpointingLayer):
     def __init__(self, config: HPoolViTConfig, index: int):
         super().__init__()
         self.attention = HPoolViTAttention(config)
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = HPoolViTMLP(config)
+        self.layernorm_before = layer_norm(config, config.hidden_size)
+        self.layernorm_after = layer_norm(config, config.hidden_size)
+        self.mlp = HPoolViTGatedMLP(config) if config.use_gated_mlp else HPoolViTMLP(config)
         scale = config.layer_scale_init_value
         self.layer_scale1 = nn.Identity() if scale is None else HPoolViTLayerScale(config.hidden_size, scale)
         self.layer_scale2 = nn.Identity() if scale is None else HPoolViTLayerScale(config.hidden_size, scale)
@@ -300,6 +418,70 @@ class HPoolViTResidualLayer(HPoolViTLayer):
 LAYERS = {"pre": HPoolViTPreNormLayer, "post": HPoolViTPostNormLayer, "residual": HPoolViTResidualLayer}
 
 
+class HPoolViTMeanReadout(nn.Module):
+    """The pooled output is the mean over the patch tokens, each weighted by its number of patches."""
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+
+    def forward(self, tokens: Tokens) -> torch.Tensor:
+        return mean_over_patches(tokens)
+
+
+class HPoolViTClassTokenReadout(HPoolViTMeanReadout):
+    """The pooled output is the class token."""
+
+    def forward(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.hidden_states[:, 0]
+
+
+class HPoolViTClassTokenAndMeanReadout(HPoolViTMeanReadout):
+    """The pooled output is the class token and, beside it, the mean over the patch tokens."""
+
+    def forward(self, tokens: Tokens) -> torch.Tensor:
+        return torch.cat((tokens.hidden_states[:, 0], mean_over_patches(tokens)), dim=-1)
+
+
+class HPoolViTAttentionReadout(nn.Module):
+    """
+    The pooled output is what a learned query reads from all tokens, then an MLP (SigLIP, arXiv 2303.15343). A merged
+    token weighs as much as its patches.
+    """
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.head_dim = width // (config.readout_num_heads or config.num_attention_heads)
+        self.probe = nn.Parameter(torch.zeros(1, 1, width))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.o_proj = nn.Linear(width, width)
+        self.layernorm = layer_norm(config, width)
+        self.mlp = HPoolViTMLP(config)
+
+    def forward(self, tokens: Tokens) -> torch.Tensor:
+        hidden_states = tokens.hidden_states
+        query = self.q_proj(self.probe.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1))
+        # (batch_size, num_heads, 1 or num_tokens, head_dim)
+        query, key, value = (
+            states.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            for states in (query, self.k_proj(hidden_states), self.v_proj(hidden_states))
+        )
+        mask = log_sizes(tokens)
+        read = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if mask is None else mask.to(query.dtype)
+        )
+        pooled = self.o_proj(read.transpose(1, 2).flatten(2))[:, 0]
+        return pooled + self.mlp(self.layernorm(pooled))
+
+
+READOUTS: dict[str, Callable[[HPoolViTConfig], nn.Module]] = {
+    "mean": HPoolViTMeanReadout,
+    "class_token": HPoolViTClassTokenReadout,
+    "class_token_and_mean": HPoolViTClassTokenAndMeanReadout,
+    "attention": HPoolViTAttentionReadout,
+}
+
+
 # Names of modules in version 0.1, and their names now.
 EARLIER_NAMES = {"pooled_layernorm": "layernorm"}
 
@@ -341,11 +523,13 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, HPoolViTPooling) and module.block in self.config.new_stages():
-            init.copy_(module.position_embeddings, self.base_model.pooling.initial_positions(module.block))
-        elif isinstance(module, (HPoolViTEmbeddings, HPoolViTPooling)):
-            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-            if isinstance(module, HPoolViTEmbeddings) and module.cls_token is not None:
-                init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+            init.copy_(
+                module.get_parameter("position_embeddings"), self.base_model.pooling.initial_positions(module.block)
+            )
+        elif isinstance(module, (HPoolViTEmbeddings, HPoolViTPooling, HPoolViTAttentionReadout)):
+            # Class token, registers, position embeddings and probe.
+            for parameter in module.parameters(recurse=False):
+                init.trunc_normal_(parameter, std=self.config.initializer_range)
         elif isinstance(module, HPoolViTLayerScale):
             init.constant_(module.scale, module.init_value)
         else:
@@ -353,7 +537,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that recipes for ViTs exempt from weight decay beside biases and norms."""
-        exempt = ("position_embeddings", "cls_token", ".scale")
+        exempt = ("position_embeddings", "cls_token", "register_tokens", "probe", ".scale")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
     def update_stochastic_depth_rate(self, k: float = 0.05) -> None:
@@ -386,11 +570,11 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
             ValueError: for a schedule that no model can be built with; nothing is changed then.
         """
         self.config.change_schedule(hvt_pool)
-        positions = self.base_model.embeddings.position_embeddings
+        like = self.base_model.embeddings.like
         # Ordinary parameters, whatever the mode in which this is called; frozen where an adapter has frozen the model.
         with torch.inference_mode(False):
             for stage in self.base_model.pooling.add_missing():
-                stage.to(positions).train(self.training).requires_grad_(positions.requires_grad)
+                stage.to(like).train(self.training).requires_grad_(like.requires_grad)
                 self._init_weights(stage)
 
     @classmethod
@@ -413,8 +597,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        if POOL_MODES[self.config.pool_mode].has_positions:
-            self.config.stages = self.config.stage_positions()
+        self.config.record_stages()
         # Transformers lists only the class that is saved, but every Auto class must load the folder.
         self.config.auto_map = {
             cls._auto_class: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
@@ -435,8 +618,8 @@ def rename_earlier_weights(module: nn.Module, state_dict: dict[str, torch.Tensor
 
 @auto_docstring(
     custom_intro="""
-    HPool-ViT without a head. Its pooled output is the mean over the remaining tokens, or the class token (paper
-    Section 3.3).
+    HPool-ViT without a head. Its pooled output is the mean over the remaining tokens (paper Section 3.3), unless
+    `config.readout` or a class token says otherwise.
     """
 )
 class HPoolViTModel(HPoolViTPreTrainedModel):
@@ -445,15 +628,30 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         # Once more, for fields assigned since the configuration was made.
         config.validate()
         self.embeddings = HPoolViTEmbeddings(config)
+        self.rotary = HPoolViTRotaryEmbedding(config, config.rope_theta) if config.rope_theta else None
         self.pooling = HPoolViTStages(config)
         self._keys_to_ignore_on_load_missing = [rf"pooling\.{block}\." for block in config.new_stages()]
         self.layer_class = LAYERS[config.ln_order]
         self.layers = nn.ModuleList([self.layer_class(config, index) for index in range(config.num_hidden_layers)])
-        has_norm = self.layer_class.has_final_norm
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
-        self.readout = class_token if config.use_class_token else mean_over_patches
+        has_norm = self.layer_class.has_final_norm and config.use_final_norm
+        self.layernorm = layer_norm(config, config.hidden_size) if has_norm else nn.Identity()
+        self.readout = READOUTS[config.resolved_readout](config)
         self.register_load_state_dict_pre_hook(rename_earlier_weights)
         self.post_init()
+
+    def start(self, pixel_values: Any, interpolate_pos_encoding: bool) -> Tokens:
+        """The tokens that the first stage or block takes."""
+        tokens = self.layer_class.start(self.embeddings(pixel_values, interpolate_pos_encoding))
+        coordinates = None if self.rotary is None else self.rotary.coordinates(pixel_values)
+        return tokens._replace(num_prefix_tokens=self.config.num_prefix_tokens, coordinates=coordinates)
+
+    def attention_inputs(self, tokens: Tokens) -> dict[str, Any]:
+        """What attention needs to know of the tokens; it stays the same from one stage to the next."""
+        rotation = None
+        if self.rotary is not None:
+            rotation = self.rotary(tokens.coordinates, tokens.num_prefix_tokens, tokens.hidden_states.dtype)
+        mask = proportional_attention_mask(self.config, tokens)
+        return {"attention_mask": mask, "position_embeddings": rotation}
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -479,14 +677,14 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
                 "pass `dynamo=True`, or use `hpool-vit export`."
             )
         interpolate_pos_encoding = bool(interpolate_pos_encoding)
-        tokens = self.layer_class.start(self.embeddings(pixel_values, interpolate_pos_encoding))
-        attention_mask = None
+        tokens = self.start(pixel_values, interpolate_pos_encoding)
+        attention_inputs = self.attention_inputs(tokens)
         stages = self.pooling.in_use()
         for index, layer in enumerate(self.layers):
             if index in stages:
                 tokens = stages[index](tokens, interpolate_pos_encoding)
-                attention_mask = proportional_attention_mask(self.config, tokens)
-            tokens = tokens.with_streams(layer(*tokens.streams, attention_mask=attention_mask, **kwargs))
+                attention_inputs = self.attention_inputs(tokens)
+            tokens = tokens.with_streams(layer(*tokens.streams, **attention_inputs, **kwargs))
 
         if self.training:
             tokens = self.pooling.touch_idle(tokens)
@@ -514,11 +712,11 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
         if not config.num_labels:
             self.classifier: nn.Module = nn.Identity()
         elif config.classifier_hidden_size is None:
-            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+            self.classifier = nn.Linear(config.pooled_size, config.num_labels)
         else:
             self.classifier = nn.Sequential(
                 OrderedDict(
-                    dense=nn.Linear(config.hidden_size, config.classifier_hidden_size),
+                    dense=nn.Linear(config.pooled_size, config.classifier_hidden_size),
                     activation=nn.Tanh(),
                     dropout=nn.Dropout(config.dropout),
                     out_proj=nn.Linear(config.classifier_hidden_size, config.num_labels),

@@ -17,19 +17,29 @@ Streams = tuple[torch.Tensor, ...]
 
 class Tokens(NamedTuple):
     """
-    The tokens on their way through the model. A class token stands first in the hidden states; the other fields
-    describe only the patch tokens.
+    The tokens on their way through the model. Class token and registers stand first in the hidden states; `sizes` and
+    `coordinates` describe only the patch tokens.
 
     Attributes:
         hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): what attention reads.
         residual (`torch.Tensor` of the same shape, *optional*): the second stream of `ln_order="residual"`.
+        num_prefix_tokens (`int`): the number of tokens before the patch tokens.
         sizes (`torch.FloatTensor` of shape `(batch_size, num_patch_tokens)`, *optional*): the number of patches that
             each token stands for; None as long as no tokens have merged.
+        coordinates (`torch.FloatTensor` of shape `(batch_size or 1, num_patch_tokens, 2)`, *optional*): row and column
+            of each token, for rotary positions; None without them.
     """
 
     hidden_states: torch.Tensor
     residual: torch.Tensor | None = None
+    num_prefix_tokens: int = 0
     sizes: torch.Tensor | None = None
+    coordinates: torch.Tensor | None = None
+
+    @property
+    def patch_tokens(self) -> torch.Tensor:
+        """The hidden states of the patch tokens: `(batch_size, num_patch_tokens, hidden_size)`."""
+        return self.hidden_states[:, self.num_prefix_tokens :]
 
     @property
     def streams(self) -> Streams:
@@ -38,6 +48,19 @@ class Tokens(NamedTuple):
     def with_streams(self, streams: Streams) -> "Tokens":
         """The same tokens with the hidden states that a block returns."""
         return self._replace(hidden_states=streams[0], residual=streams[1] if len(streams) > 1 else None)
+
+    def on_patch_tokens(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
+        """Applies `function` to the patch tokens of each stream; the tokens before them stay as they are."""
+        streams = []
+        for stream in self.streams:
+            prefix, patch_tokens = stream.tensor_split([self.num_prefix_tokens], dim=1)
+            patch_tokens = function(patch_tokens)
+            streams.append(torch.cat((prefix, patch_tokens), dim=1) if self.num_prefix_tokens else patch_tokens)
+        return self.with_streams(tuple(streams))
+
+    def on_coordinates(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
+        """Applies `function` to the coordinates, if there are any."""
+        return self if self.coordinates is None else self._replace(coordinates=function(self.coordinates))
 
 
 def resize_positions(positions: torch.Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> torch.Tensor:
@@ -67,7 +90,6 @@ class HPoolViTStage(nn.Module):
     def __init__(self, config: HPoolViTConfig, block: int):
         super().__init__()
         self.config, self.block = config, block
-        self.num_prefix_tokens = int(config.use_class_token)
 
     def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
         raise NotImplementedError
@@ -77,37 +99,41 @@ class HPoolViTStage(nn.Module):
         """Multiply-accumulates of the products that turn `before` patch tokens of one image into `after`."""
         return 0
 
-    def on_patch_tokens(self, tokens: Tokens, function: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
-        """Applies `function` to the patch tokens of each stream; a class token stays in front of them."""
-        streams = []
-        for stream in tokens.streams:
-            prefix, patch_tokens = stream.tensor_split([self.num_prefix_tokens], dim=1)
-            patch_tokens = function(patch_tokens)
-            streams.append(torch.cat((prefix, patch_tokens), dim=1) if self.num_prefix_tokens else patch_tokens)
-        return tokens.with_streams(tuple(streams))
-
 
 class HPoolViTPooling(HPoolViTStage):
-    """Pools windows along the token axis, then adds the stage's own position embeddings (paper Section 3.2)."""
+    """
+    Pools windows along the token axis, then adds the stage's own position embeddings (paper Section 3.2), if the model
+    has position embeddings at all.
+    """
 
     fields = ("pool_kernel_size", "pool_stride")
 
     def __init__(self, config: HPoolViTConfig, block: int):
         super().__init__(config, block)
         self.kernel_size, self.stride = config.pool_kernel_size, config.pool_stride
-        self.position_embeddings = nn.Parameter(torch.zeros(1, config.stage_positions()[block], config.hidden_size))
+        num_positions = config.stage_positions().get(block)
+        self.position_embeddings = (
+            nn.Parameter(torch.zeros(1, num_positions, config.hidden_size)) if num_positions else None
+        )
 
     def reduce(self, windows: torch.Tensor) -> torch.Tensor:
         """From `(batch_size, num_windows, hidden_size, kernel_size)` to `(batch_size, num_windows, hidden_size)`."""
         raise NotImplementedError
 
     def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
-        return self.on_patch_tokens(tokens, lambda patch_tokens: self.pool(patch_tokens, interpolate_pos_encoding))
+        tokens = tokens.on_patch_tokens(lambda patch_tokens: self.pool(patch_tokens, interpolate_pos_encoding))
+        return tokens.on_coordinates(lambda coordinates: self.windows(coordinates).mean(-1))
+
+    def windows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """From `(batch_size, num_tokens, width)` to `(batch_size, num_windows, width, kernel_size)`."""
+        # A view with the token axis in place, so nothing is transposed and copied.
+        return tokens.unfold(1, self.kernel_size, self.stride)
 
     def pool(self, patch_tokens: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
-        # Windows are a view with the token axis in place, so nothing is transposed and copied.
-        patch_tokens = self.reduce(patch_tokens.unfold(1, self.kernel_size, self.stride))
-        positions: torch.Tensor = self.position_embeddings
+        patch_tokens = self.reduce(self.windows(patch_tokens))
+        positions: torch.Tensor | None = self.position_embeddings
+        if positions is None:
+            return patch_tokens
         if interpolate_pos_encoding or positions.shape[1] != patch_tokens.shape[1]:
             positions = resize_positions(positions, (positions.shape[1],), (patch_tokens.shape[1],))
         return patch_tokens + positions
@@ -156,7 +182,8 @@ class HPoolViTMerging(HPoolViTStage):
             weights = (groups.unsqueeze(1) == numbers.unsqueeze(1)) * sizes.unsqueeze(1)
             sizes = weights.sum(-1)
             weights = weights / sizes.unsqueeze(-1)
-            merged = self.on_patch_tokens(tokens, lambda patch_tokens: weights.to(patch_tokens.dtype) @ patch_tokens)
+            merged = tokens.on_patch_tokens(lambda patch_tokens: weights.to(patch_tokens.dtype) @ patch_tokens)
+            merged = merged.on_coordinates(lambda coordinates: weights @ coordinates)
         return merged._replace(sizes=sizes)
 
     def groups(self, tokens: Tokens) -> torch.Tensor | None:
@@ -164,7 +191,7 @@ class HPoolViTMerging(HPoolViTStage):
         The number of the group that each patch token joins, of shape `(batch_size, num_patch_tokens)`, which is the
         position of the merged token; None if there are too few tokens to merge any.
         """
-        patch_tokens = tokens.hidden_states[:, self.num_prefix_tokens :]
+        patch_tokens = tokens.patch_tokens
         num_merged = self.num_merged(patch_tokens.shape[1])
         if num_merged == 0:
             return None
@@ -217,40 +244,46 @@ def find_groups(tokens: torch.Tensor, num_merged: int) -> torch.Tensor:
     return groups
 
 
-def class_token(tokens: Tokens) -> torch.Tensor:
-    """The class token: `(batch_size, hidden_size)`."""
-    return tokens.hidden_states[:, 0]
-
-
 def mean_over_patches(tokens: Tokens) -> torch.Tensor:
-    """The mean over the tokens, each weighted by its number of patches: `(batch_size, hidden_size)`."""
+    """The mean over the patch tokens, each weighted by its number of patches: `(batch_size, hidden_size)`."""
     if tokens.sizes is None:
-        return tokens.hidden_states.mean(1)
+        return tokens.patch_tokens.mean(1)
     weights = (tokens.sizes / tokens.sizes.sum(1, keepdim=True)).to(tokens.hidden_states.dtype)
-    return (weights.unsqueeze(-1) * tokens.hidden_states).sum(1)
+    return (weights.unsqueeze(-1) * tokens.patch_tokens).sum(1)
+
+
+def log_sizes(tokens: Tokens) -> torch.Tensor | None:
+    """
+    log(number of patches) of each token, 0 for those before the patches: `(batch_size, 1, 1, num_tokens)`. Added to
+    the attention scores of the keys, it lets a token weigh as much as its patches (ToMe, Equation 1). None as long as
+    no tokens have merged.
+    """
+    if tokens.sizes is None:
+        return None
+    sizes = tokens.sizes.log().to(tokens.hidden_states.dtype)
+    return nn.functional.pad(sizes, (tokens.num_prefix_tokens, 0))[:, None, None]
 
 
 def proportional_attention_mask(config: HPoolViTConfig, tokens: Tokens) -> torch.Tensor | None:
     """
-    log(size) of each key, which is added to its attention scores, so that a token weighs as much as its patches (ToMe,
-    Equation 1): `(batch_size, 1, num_tokens, num_tokens)`, or None if attention treats all tokens alike.
+    [`log_sizes`] for every query: `(batch_size, 1, num_tokens, num_tokens)`, or None if attention treats all tokens
+    alike.
 
     Raises:
         ValueError: for an attention implementation that cannot add it.
     """
-    hidden_states, sizes = tokens.hidden_states, tokens.sizes
-    if sizes is None or not config.proportional_attention:
+    mask = log_sizes(tokens) if config.proportional_attention else None
+    if mask is None:
         return None
+    device = tokens.hidden_states.device
     attention = config._attn_implementation
     # PyTorch's flex attention crashes the process where a score modification reads a tensor on the CPU.
-    if "flash" in attention or ("flex" in attention and hidden_states.device.type == "cpu"):
+    if "flash" in attention or ("flex" in attention and device.type == "cpu"):
         raise ValueError(
             f"`proportional_attention=True` does not work with `attn_implementation={attention!r}`"
-            f" on {hidden_states.device.type}: use 'sdpa'."
+            f" on {device.type}: use 'sdpa'."
         )
-    num_tokens = hidden_states.shape[1]
-    mask = nn.functional.pad(sizes.log().to(hidden_states.dtype), (num_tokens - sizes.shape[1], 0))
-    return mask[:, None, None].expand(-1, -1, num_tokens, -1)
+    return mask.expand(-1, -1, mask.shape[-1], -1)
 
 
 class HPoolViTStages(nn.ModuleDict):

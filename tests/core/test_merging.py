@@ -117,7 +117,7 @@ class TestMerging:
     def test_the_class_token_never_merges(self):
         stage = merging(merge_ratio=0.5, use_class_token=True)
         # The class token equals the second patch, and counts neither as odd nor as even.
-        merged = stage(Tokens(column(1.0, 0.0, 1.0, 10.0, 12.0)))
+        merged = stage(Tokens(column(1.0, 0.0, 1.0, 10.0, 12.0), num_prefix_tokens=1))
         torch.testing.assert_close(merged.hidden_states, column(1.0, 0.5, 11.0))
         assert merged.sizes.tolist() == [[2, 2]]
 
@@ -197,7 +197,8 @@ class TestProportionalAttention:
         assert isinstance(attention, HPoolViTAttention)
         sizes = torch.tensor([[2.0, 1.0, 3.0], [1.0, 4.0, 1.0]])
         hidden_states = torch.randn(2, 3 + use_class_token, 32)
-        mask = proportional_attention_mask(model.config, Tokens(hidden_states, sizes=sizes))
+        tokens = Tokens(hidden_states, num_prefix_tokens=int(use_class_token), sizes=sizes)
+        mask = proportional_attention_mask(model.config, tokens)
         weighted = attention(hidden_states, attention_mask=mask)[0]
         for tokens, size, result in zip(hidden_states, sizes.int(), weighted, strict=True):
             repeats = torch.cat((torch.ones(int(use_class_token), dtype=torch.int), size))

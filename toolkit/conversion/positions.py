@@ -110,12 +110,11 @@ def _pool_positions(config: HPoolViTConfig, positions: torch.Tensor) -> dict[int
     """What each stage with position embeddings makes of the model's first ones, by block."""
     lengths, pooled = config.stage_positions(), {}
     for schedule in config.schedules if lengths else []:
-        tokens = Tokens(positions.float())
+        tokens = Tokens(positions.float(), num_prefix_tokens=int(config.use_class_token))
         for block in schedule:
             # A new stage adds zeros.
             tokens = POOLINGS[config.pool_mode](config.with_schedule(schedule), block)(tokens)
             # (1, tokens after the stage, hidden_size)
-            patch_tokens = tokens.hidden_states[:, int(config.use_class_token) :]
-            if patch_tokens.shape[1] == lengths[block]:
-                pooled.setdefault(block, patch_tokens.clone())
+            if tokens.patch_tokens.shape[1] == lengths[block]:
+                pooled.setdefault(block, tokens.patch_tokens.clone())
     return pooled

@@ -171,8 +171,8 @@ def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[i
             stage = stage_of[block]
             num_streams = LAYERS[config.ln_order].num_streams
             pooling = POOLINGS[config.pool_mode].macs(config, *tokens[stage - 1 : stage + 1], num_streams)
-        num_tokens = tokens[stage] + int(config.use_class_token)
-        weights = 4 * width * width + 2 * width * config.intermediate_size
+        num_tokens = tokens[stage] + config.num_prefix_tokens
+        weights = 4 * width * width + (3 if config.use_gated_mlp else 2) * width * config.intermediate_size
         macs.append(num_tokens * weights + 2 * num_tokens * num_tokens * width + pooling)
     return macs
 
@@ -184,13 +184,13 @@ class _Recorder:
     config: HPoolViTConfig
     stages: list[StageTrace] = field(default_factory=list)
     tokens_per_block: list[int] = field(default_factory=list)
-    # (batch_size, tokens, patches). A class token comes first among both.
+    # (batch_size, tokens, patches). Class token and registers come first among both.
     rollout: torch.Tensor | None = None
     # Max only: the patch that each channel of each token comes from, (batch_size, tokens, channels of all streams).
     suppliers: torch.Tensor | None = None
 
     def __post_init__(self):
-        self.num_prefix_tokens = int(self.config.use_class_token)
+        self.num_prefix_tokens = self.config.num_prefix_tokens
 
     def watch(self, model: nn.Module):
         model.embeddings.register_forward_hook(self.start)
@@ -259,7 +259,11 @@ class _Recorder:
         return nn.functional.one_hot(members, num_tokens).sum(1).bool().expand(batch_size, -1, -1)
 
     def read_rollout(self) -> torch.Tensor:
-        rollout = self.rollout[:, 0, 1:] if self.num_prefix_tokens else _mean(self.rollout, self.stages[-1].weights)
+        rollout = self.rollout[:, :, self.num_prefix_tokens :]
+        if self.config.resolved_readout.startswith("class_token"):
+            rollout = rollout[:, 0]
+        else:
+            rollout = _mean(rollout[:, self.num_prefix_tokens :], self.stages[-1].weights)
         return rollout / rollout.sum(-1, keepdim=True)
 
 
