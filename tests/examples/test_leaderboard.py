@@ -1,0 +1,207 @@
+"""The leaderboard: its rivals and its rule against loops over their definitions, and what it publishes."""
+
+import math
+import sys
+
+import pytest
+import torch
+from helpers import EXAMPLES, tiny_model
+
+
+sys.path.insert(0, str(EXAMPLES / "research" / "leaderboard"))
+
+from network import Attended, Method, class_attention
+from rivals import (
+    ATC,
+    DiffRate,
+    ImportanceToMe,
+    PiToMe,
+    SizeRanked,
+    ToMe,
+    average_linkage,
+    energies,
+    join_best,
+    join_first,
+    merge_groups,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Four blocks on 64 patches with a class token, unpooled."""
+    return tiny_model(use_class_token=True, hvt_pool=None, ln_order="pre", image_size=32)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32)
+
+
+def attended(num_tokens: int, batch_size: int = 2) -> Attended:
+    states = [torch.randn(batch_size, 2, num_tokens, 4).double() for _ in range(3)]
+    return Attended(torch.zeros(batch_size, num_tokens, 8).double(), *states)
+
+
+def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
+    return (first @ second / (first.norm() * second.norm())).item()
+
+
+def members(groups: torch.Tensor) -> set[frozenset[int]]:
+    """The groups of one image, as sets of positions."""
+    return {frozenset((groups == group).nonzero().flatten().tolist()) for group in groups.unique()}
+
+
+def bipartite(keys: torch.Tensor, sources: list[int], targets: list[int], num_merged: int) -> set[frozenset[int]]:
+    """The groups of bipartite soft matching by the cosine of keys, one pair after the other."""
+    edges = [max((cosine(keys[i], keys[j]), i, j) for j in targets) for i in sources]
+    groups = {token: {token} for token in range(len(keys))}
+    for _, source, target in sorted(edges, reverse=True)[:num_merged]:
+        groups[target] |= groups.pop(source)
+    return set(map(frozenset, groups.values()))
+
+
+def test_the_opened_network_answers_as_the_model(model, images):
+    network = Method(model)
+    with torch.inference_mode():
+        expected = model(images).logits
+        torch.testing.assert_close(network(images), expected)
+        torch.testing.assert_close(network.finish(network.embed(images, 2), 2), expected)
+
+
+def test_a_group_becomes_its_weighted_mean():
+    tokens, weights = torch.tensor([[[1.0], [2.0], [4.0], [9.0]]]), torch.tensor([[1.0, 1.0, 3.0, 2.0]])
+    merged, totals = merge_groups(tokens, torch.tensor([[0, 1, 1, 0]]), 2, weights)
+    assert merged.flatten().tolist() == pytest.approx([(1 + 18) / 3, (2 + 12) / 4]) and totals.tolist() == [[3, 4]]
+
+
+def test_matching_numbers_the_tokens_that_stay_then_the_sources_that_are_left_then_the_targets():
+    similarity = torch.tensor([[[0.1, 0.9], [0.3, 0.2]]])
+    sources, targets, others = torch.tensor([[1, 3]]), torch.tensor([[2, 4]]), torch.tensor([[0, 5]])
+    assert join_best(similarity, sources, targets, others, 1).tolist() == [[0, 4, 3, 2, 4, 1]]
+
+
+@pytest.mark.parametrize("num_tokens", [17, 16])
+@pytest.mark.parametrize("num_merged", [1, 5, 7])
+def test_tome_joins_even_positions_to_odd_ones_but_the_class_token(model, num_tokens, num_merged):
+    states = attended(num_tokens)
+    groups = ToMe(model, {0: num_merged}).groups(0, states, None, num_merged)
+    for image in range(2):
+        keys = states.key[image].mean(0)
+        expected = bipartite(keys, list(range(2, num_tokens, 2)), list(range(1, num_tokens, 2)), num_merged)
+        assert members(groups[image]) == expected
+        assert groups[image, 0] == 0
+
+
+def test_tome_with_importance_weighs_by_the_class_tokens_attention_times_the_values_length(model):
+    states, hidden_states, sizes = attended(9), torch.randn(2, 9, 8).double(), torch.randint(1, 4, (2, 9)).double()
+    method = ImportanceToMe(model, {0: 3})
+    merged, merged_sizes = method.merge(0, hidden_states, sizes, states, 3)
+    groups = method.groups(0, states, sizes, 3)
+    for image in range(2):
+        attention = torch.zeros(9).double()
+        for head in range(2):
+            query, keys = states.query[image, head, 0], states.key[image, head]
+            scores = [sizes[image, j].item() * math.exp((query @ keys[j]).item() / 2) for j in range(9)]
+            attention += torch.tensor(scores) / sum(scores) / 2
+        for group in range(6):
+            chosen = [j for j in range(9) if groups[image, j] == group]
+            weight = [attention[j] * states.value[image, :, j].norm() for j in chosen]
+            mean = sum(w * hidden_states[image, j] for w, j in zip(weight, chosen, strict=True)) / sum(weight)
+            torch.testing.assert_close(merged[image, group], mean)
+            assert merged_sizes[image, group] == sizes[image, chosen].sum()
+
+
+def test_energy_is_the_mean_of_cosines_above_a_margin_and_of_a_soft_penalty_below():
+    similarity = torch.tensor([[[1.0, 0.7], [0.7, 1.0]]])
+    expected = [(0.2 + math.exp(0.7 - 0.8) - 1) / 2] * 2
+    torch.testing.assert_close(energies(similarity, 0.8), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_pitome_matches_all_tokens_in_the_first_half_of_the_blocks_and_then_the_most_redundant(model, index):
+    states, num_merged = attended(14), 4
+    groups = PiToMe(model, {index: num_merged}, margins=(0.9, 0.1)).groups(index, states, None, num_merged)
+    margin = 0.9 - 0.8 * index / 4
+    for image in range(2):
+        keys = states.key[image].mean(0)
+        energy = {}
+        for i in range(1, 14):
+            above = [cosine(keys[i], keys[j]) - margin for j in range(1, 14)]
+            energy[i] = sum(x if x >= 0 else math.exp(x) - 1 for x in above)
+        order = sorted(energy, key=energy.get, reverse=True)
+        candidates = order if index < 2 else order[: 2 * num_merged]
+        assert members(groups[image]) == bipartite(keys, candidates[::2], candidates[1::2], num_merged)
+
+
+def test_size_ranking_joins_the_smaller_half_to_the_larger_one(model):
+    states, num_merged = attended(12), 3
+    sizes = torch.stack([torch.randperm(12).double() + 1 for _ in range(2)])
+    groups = SizeRanked(model, {3: num_merged}, first_ranked=2).groups(3, states, sizes, num_merged)
+    for image in range(2):
+        order = sorted(range(1, 12), key=lambda token, image=image: sizes[image, token])
+        keys = states.key[image].mean(0)
+        assert members(groups[image]) == bipartite(keys, order[:5], order[5:], num_merged)
+    early = SizeRanked(model, {1: num_merged}, first_ranked=2).groups(1, states, sizes, num_merged)
+    assert torch.equal(early, ToMe(model, {1: num_merged}).groups(1, states, sizes, num_merged))
+
+
+@pytest.mark.parametrize("num_clusters", [1, 4, 9])
+def test_average_linkage_joins_the_two_clusters_nearest_on_average(num_clusters):
+    points = torch.rand(9, 3).double()
+    distances = torch.cdist(points, points)
+    clusters = [{token} for token in range(9)]
+    while len(clusters) > num_clusters:
+        pairs = [(a, b) for a in clusters for b in clusters if min(a) < min(b)]
+        a, b = min(pairs, key=lambda pair: distances[sorted(pair[0])][:, sorted(pair[1])].mean())
+        clusters = [cluster for cluster in clusters if cluster not in (a, b)] + [a | b]
+    found = torch.from_numpy(average_linkage(distances.numpy(), num_clusters))
+    assert members(found) == set(map(frozenset, clusters))
+
+
+def test_atc_leaves_the_class_token_alone(model):
+    groups = ATC(model, {1: 9}).groups(1, attended(13), None, 9)
+    assert (groups[:, 0] == 0).all() and (groups[:, 1:] > 0).all()
+    assert all(image.unique().tolist() == [0, 1, 2, 3] for image in groups)
+
+
+def test_diffrate_joins_the_last_tokens_to_the_first_without_weighing_and_adds_size_times_cosine():
+    hidden_states, sizes = torch.randn(2, 9, 8).double(), torch.randint(1, 4, (2, 9)).double()
+    merged, merged_sizes = join_first(hidden_states, sizes, 5)
+    for image in range(2):
+        groups = {j: [j] for j in range(5)}
+        expected_sizes = sizes[image, :5].clone()
+        for i in range(5, 9):
+            best, target = max((cosine(hidden_states[image, i], hidden_states[image, j]), j) for j in range(1, 5))
+            groups[target].append(i)
+            expected_sizes[target] += sizes[image, i] * best
+        expected = torch.stack([hidden_states[image, groups[j]].mean(0) for j in range(5)])
+        torch.testing.assert_close(merged[image], expected)
+        torch.testing.assert_close(merged_sizes[image], expected_sizes)
+
+
+def test_diffrate_drops_the_tokens_that_the_class_token_looks_at_least(model, images):
+    network = Method(model)
+    hidden_states = network.embed(images)
+    states = network.attend(0, hidden_states, None)
+    attention = class_attention(states.query, states.key, None).mean(1)[:, 1:]
+    kept = attention.topk(9).indices.sort().values
+    with torch.inference_mode():
+        left, sizes = DiffRate(model, [10] * 4, [10] * 4).run_block(0, hidden_states, None)
+        attended_to = hidden_states + states.branch
+        expected = torch.stack([attended_to[i, torch.cat((torch.zeros(1, dtype=int), kept[i] + 1))] for i in range(3)])
+        expected = expected + network.feed_forward(network.layers[0], expected)
+    assert left.shape == (3, 10, 32) and (sizes == 1).all()
+    for image in range(3):
+        # In another order.
+        distances = torch.cdist(left[image], expected[image])
+        assert distances.min(1).values.max() < 1e-4 and distances.min(0).values.max() < 1e-4
+
+
+@pytest.mark.parametrize("method", [ToMe, ImportanceToMe, PiToMe, SizeRanked])
+def test_merging_in_every_block_ends_when_half_of_the_tokens_would_go(model, images, method):
+    with torch.inference_mode():
+        hidden_states, sizes = Method(model).embed(images), None
+        for index, left in enumerate((44, 24, 12, 6)):
+            hidden_states, sizes = method(model, dict.fromkeys(range(4), 20)).run_block(index, hidden_states, sizes)
+            assert hidden_states.shape[1] == 1 + left
+            assert (sizes.sum(1) == 65).all() and (sizes[:, 0] == 1).all()
