@@ -1,13 +1,18 @@
 """HPool-ViT, the hierarchically pooled Vision Transformer, for Hugging Face Transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 # Not from the top level, where Transformers 5.17 has a stand-in for it on machines without torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_hpool_vit import HPoolViTConfig
 from .image_processing_hpool_vit import HPoolViTImageProcessor, HPoolViTImageProcessorPil
-from .modeling_hpool_vit import HPoolViTForImageClassification, HPoolViTModel, HPoolViTPreTrainedModel
+from .modeling_hpool_vit import (
+    HPoolViTBackbone,
+    HPoolViTForImageClassification,
+    HPoolViTModel,
+    HPoolViTPreTrainedModel,
+)
 
 
 __version__ = "0.1.0"
@@ -16,6 +21,7 @@ __version__ = "0.1.0"
 AutoConfig.register("hpool_vit", HPoolViTConfig, exist_ok=True)
 AutoModel.register(HPoolViTConfig, HPoolViTModel, exist_ok=True)
 AutoModelForImageClassification.register(HPoolViTConfig, HPoolViTForImageClassification, exist_ok=True)
+AutoBackbone.register(HPoolViTConfig, HPoolViTBackbone, exist_ok=True)
 AutoImageProcessor.register(
     HPoolViTConfig,
     image_processor_classes={"torchvision": HPoolViTImageProcessor, "pil": HPoolViTImageProcessorPil},
@@ -23,6 +29,7 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "HPoolViTBackbone",
     "HPoolViTConfig",
     "HPoolViTForImageClassification",
     "HPoolViTImageProcessor",

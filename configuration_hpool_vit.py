@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -32,8 +33,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Models of ours, not of the paper: windows on the grid of patches give feature maps of strides 16, 32 and 64.
+PRESETS["hpool-s-grid"] = {"hidden_size": 384, "hvt_pool": [3, 9], "pool_kernel_size": (2, 2), "pool_stride": (2, 2)}
+
+# The feature maps of a pyramid, named by the logarithm of their strides.
+PYRAMID = ("p2", "p3", "p4", "p5")
+
 # What `hvt_pool` may be.
 Schedule = list[int] | tuple[int, ...] | None
+
+# How many tokens there are: `(num_tokens,)` in a row, or `(rows, columns)` on a grid.
+Shape = tuple[int, ...]
 
 Class = TypeVar("Class", bound=type)
 
@@ -67,6 +77,11 @@ def on_plain_values_with_value_errors(cls: Class) -> Class:
     return cls
 
 
+def _as_recorded(shapes: dict[int, Shape]) -> dict[int, int | Shape]:
+    """The shapes of stages by block, as `stages` holds them: a number for tokens in a row."""
+    return {block: shape[0] if len(shape) == 1 else shape for block, shape in shapes.items()}
+
+
 def _each_once(schedules: Iterable[Any]) -> list[Any]:
     """Schedules as lists, each once, and None for those that never pool; anything else is left to the type check."""
     unique = []
@@ -92,14 +107,20 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else cast(tuple[int, int], size)
 
 
-def window_length(config: "HPoolViTConfig", num_tokens: int, stage: int) -> int:
-    """Number of windows along `num_tokens` tokens (paper Section 3.2); below 1 if there are too few tokens for one."""
-    return (num_tokens - config.pool_kernel_size) // config.pool_stride + 1
+def windows_shape(config: "HPoolViTConfig", shape: Shape, stage: int) -> Shape:
+    """The windows along a row of tokens (paper Section 3.2) or on a grid; below 1 where not even one fits."""
+    kernel, stride = config.pool_window
+    if len(kernel) == 1:
+        shape = (math.prod(shape),)
+    elif len(shape) == 1:
+        raise ValueError(f"`pool_kernel_size={config.pool_kernel_size}` needs the rows and columns of patches.")
+    return tuple((size - k) // s + 1 for size, k, s in zip(shape, kernel, stride, strict=True))
 
 
-def merged_length(config: "HPoolViTConfig", num_tokens: int, stage: int) -> int:
-    """Number of tokens left of `num_tokens` at the merging stage `stage`, counted from 0."""
-    return num_tokens - config.num_merged(num_tokens, stage)
+def merged_shape(config: "HPoolViTConfig", shape: Shape, stage: int) -> Shape:
+    """What is left of the tokens at the merging stage `stage`, counted from 0."""
+    num_tokens = math.prod(shape)
+    return (num_tokens - config.num_merged(num_tokens, stage),)
 
 
 class PoolMode(NamedTuple):
@@ -107,25 +128,25 @@ class PoolMode(NamedTuple):
     What the configuration knows about a pooling mode; `pooling_hpool_vit.POOLINGS` has the class that computes it.
 
     Attributes:
-        length: the number of tokens after a stage, from the configuration, the number before it, and which entry of
+        shape: the shape of the tokens after a stage, from the configuration, the shape before it, and which entry of
             `hvt_pool` the stage is.
         has_positions: whether a stage has position embeddings of its own.
     """
 
-    length: Callable[["HPoolViTConfig", int, int], int]
+    shape: Callable[["HPoolViTConfig", Shape, int], Shape]
     has_positions: bool
 
 
 POOL_MODES = {
-    "max": PoolMode(window_length, has_positions=True),
-    "avg": PoolMode(window_length, has_positions=True),
-    "merge": PoolMode(merged_length, has_positions=False),
+    "max": PoolMode(windows_shape, has_positions=True),
+    "avg": PoolMode(windows_shape, has_positions=True),
+    "merge": PoolMode(merged_shape, has_positions=False),
 }
 
 
 @on_plain_values_with_value_errors
 @strict
-class HPoolViTConfig(PreTrainedConfig):
+class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of an [`HPoolViTModel`], the Vision Transformer that pools its tokens between blocks ("Scalable
     Vision Transformers with Hierarchical Pooling", arXiv 2103.10619). The names in brackets are accepted too, as
@@ -176,14 +197,15 @@ class HPoolViTConfig(PreTrainedConfig):
             The schedules to train for and to offer, in any order; None: only `hvt_pool`. If you pass it to
             `from_pretrained`, the model drops the stages that neither these schedules nor `hvt_pool` need.
         stages (`dict[int, int]`, *optional*):
-            Which blocks have a pooling stage with weights, and the number of position embeddings of each; they are
-            resized where a schedule leaves another number of tokens. You rarely set it: it records what a trained
-            model has. None: the stages of `hvt_pool`, one position embedding per token.
+            Which blocks have a pooling stage with weights, and the number of position embeddings of each (on a grid,
+            their rows and columns); they are resized where a schedule leaves another number of tokens. You rarely set
+            it: it records what a trained model has. None: the stages of `hvt_pool`, one position embedding per token.
         pool_mode (`str`, defaults to `"max"`):
-            `"max"` or `"avg"`: 1-D pooling along the token axis (paper Section 3.2). `"merge"`: the most similar
-            tokens join (after ToMe, arXiv 2210.09461).
-        pool_kernel_size, pool_stride (`int`, defaults to 3 and 2):
-            Window and step, in tokens, of `"max"` and `"avg"`.
+            `"max"` or `"avg"`: pooling in windows (paper Section 3.2). `"merge"`: the most similar tokens join (after
+            ToMe, arXiv 2210.09461).
+        pool_kernel_size, pool_stride (`int` or `tuple[int, int]`, defaults to 3 and 2):
+            Window and step of `"max"` and `"avg"`. Numbers: along the row of all tokens, as in the paper. Pairs: on
+            the grid of patches, (rows, columns).
         merge_ratio (`float` or `list[float]`, defaults to 0.5):
             Share of the tokens that `"merge"` removes at each block in `hvt_pool`, in (0, 0.5]; one number, or one per
             entry.
@@ -238,6 +260,12 @@ class HPoolViTConfig(PreTrainedConfig):
             Epsilon of every LayerNorm.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the truncated normal that initialises weights and position embeddings.
+        feature_pyramid_size (`int`, *optional*):
+            Of [`HPoolViTBackbone`]: a number makes its outputs a pyramid of four feature maps with so many channels
+            and the strides 4, 8, 16 and 32 for patches of 16 (`p2` to `p5`, after ViTDet, arXiv 2203.16527).
+        out_features, out_indices (`list[str]`, `list[int]`, *optional*):
+            Of [`HPoolViTBackbone`]: the feature maps to return, `"stem"` or 0 for the embeddings and `"stage<n>"` or n
+            for the output of the n-th block. None: the last one before each stage of a grid, and the last of all.
 
     Raises:
         ValueError: for a value that no model can be built from; it names the field, the value and the remedy.
@@ -292,10 +320,10 @@ class HPoolViTConfig(PreTrainedConfig):
     ln_order: str = "residual"
     hvt_pool: Schedule = field(default_factory=lambda: [1, 5, 9])
     hvt_pool_choices: list[Schedule] | tuple[Schedule, ...] | None = None
-    stages: dict[int, int] | dict[str, int] | None = None
+    stages: dict[int, Any] | dict[str, Any] | None = None
     pool_mode: str = "max"
-    pool_kernel_size: int = 3
-    pool_stride: int = 2
+    pool_kernel_size: int | list[int] | tuple[int, int] = 3
+    pool_stride: int | list[int] | tuple[int, int] = 2
     merge_ratio: float | int | list[float] | tuple[float, ...] = 0.5
     proportional_attention: bool = False
     use_class_token: bool = False
@@ -317,6 +345,9 @@ class HPoolViTConfig(PreTrainedConfig):
     use_qk_norm: bool = False
     layer_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
+    feature_pyramid_size: int | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         defaults = {f.name: f.default for f in fields(self)}
@@ -339,7 +370,10 @@ class HPoolViTConfig(PreTrainedConfig):
         # Last, whatever the order of the keywords: switching stochastic depth off wins over its rate.
         if kwargs.pop("stochastic_depth", True) is False:
             self.drop_path_rate = 0.0
+        outputs = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
         super().__post_init__(**kwargs)
+        if any(value is not None for value in outputs.values()):
+            self.set_output_features_output_indices(**outputs)
         if not self.num_labels:
             self.id2label = NoLabels()
 
@@ -347,15 +381,20 @@ class HPoolViTConfig(PreTrainedConfig):
         # Resolved here, because `@strict` checks the type of an assignment by the field's own name only.
         key = self.attribute_map.get(key, key)
         # One type per field, so that a configuration equals the one read back from its JSON.
-        if key in ("image_size", "patch_size", "rope_grid") and isinstance(value, list):
+        if key in ("image_size", "patch_size", "rope_grid", "pool_kernel_size", "pool_stride") and isinstance(
+            value, list
+        ):
             value = tuple(value)
         elif key in ("hvt_pool", "merge_ratio") and isinstance(value, list | tuple):
             value = list(value)  # also a copy, which nobody else can change
         elif key == "hvt_pool_choices" and isinstance(value, list | tuple):
             value = _each_once(value)
         elif key == "stages" and isinstance(value, dict):
-            # Keys are text in JSON.
-            value = {int(block) if str(block).isdecimal() else block: number for block, number in value.items()}
+            # JSON has text for keys and lists for tuples.
+            value = {
+                int(block) if str(block).isdecimal() else block: tuple(number) if isinstance(number, list) else number
+                for block, number in value.items()
+            }
         elif key == "drop_path_rate" and value is None:
             value = 0.0
         super().__setattr__(key, value)
@@ -374,20 +413,21 @@ class HPoolViTConfig(PreTrainedConfig):
         return result
 
     @classmethod
-    def _stages_before_they_were_recorded(cls, config_dict: dict[str, Any]) -> dict[int, int] | None:
+    def _stages_before_they_were_recorded(cls, config_dict: dict[str, Any]) -> dict[int, Any] | None:
         """In version 0.1, the first schedule in the list that pools at a block decided its position embeddings."""
         config = cls(**{**config_dict, "hvt_pool_choices": None})
         if not config.has_stage_positions:
             return None
-        stages: dict[int, int] = {}
+        stages: dict[int, Any] = {}
         for schedule in [*config_dict["hvt_pool_choices"], config.hvt_pool]:
             stages = config.with_schedule(schedule)._own_stages() | stages
-        return stages
+        return _as_recorded(stages)
 
-    def _stages_to_keep(self, saved: "HPoolViTConfig", drop_unneeded: bool) -> dict[int, int] | None:
+    def _stages_to_keep(self, saved: "HPoolViTConfig", drop_unneeded: bool) -> dict[int, Any] | None:
         if not (saved.has_stage_positions and self.has_stage_positions):
             return None
-        stages = {block: n for block, n in saved.stage_positions().items() if block < self.num_hidden_layers}
+        shapes = saved.stage_shapes()
+        stages = _as_recorded({block: shape for block, shape in shapes.items() if block < self.num_hidden_layers})
         needed = {block for schedule in self.schedules for block in schedule}
         # A new stage starts from the nearest one, so none is dropped then.
         if drop_unneeded and needed <= stages.keys():
@@ -445,32 +485,57 @@ class HPoolViTConfig(PreTrainedConfig):
         """Whether each pooling stage has position embeddings of its own."""
         return self.use_position_embeddings and POOL_MODES[self.pool_mode].has_positions
 
-    def tokens_per_stage(self, num_patches: int | None = None) -> list[int]:
+    @property
+    def pool_window(self) -> tuple[Shape, Shape]:
+        """Window and step of pooling along each axis of the tokens: one axis for a row of them, two for a grid."""
+        if isinstance(self.pool_kernel_size, int) and isinstance(self.pool_stride, int):
+            return (self.pool_kernel_size,), (self.pool_stride,)
+        return _pair(self.pool_kernel_size), _pair(self.pool_stride)
+
+    @property
+    def pools_on_grid(self) -> bool:
+        """Whether the stages keep a grid of tokens."""
+        return POOL_MODES[self.pool_mode].shape is windows_shape and len(self.pool_window[0]) == 2
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The feature maps that the backbone can return."""
+        if self.feature_pyramid_size is not None:
+            return list(PYRAMID)
+        return ["stem", *(f"stage{block + 1}" for block in range(self.num_hidden_layers))]
+
+    def tokens_per_stage(self, num_patches: int | Shape | None = None) -> list[int]:
         """
         Number of patch tokens, without class token and registers, at the start and after the pooling of each block
         in `hvt_pool`: 196, 97, 48, 23 for the defaults.
 
         Args:
-            num_patches (`int`, *optional*): patches of the image; by default those of `image_size`.
+            num_patches (`int` or `tuple[int, int]`, *optional*):
+                Patches of the image, or their rows and columns; by default those of `image_size`.
 
         Raises:
             ValueError: if the tokens run out; it names the block and the number of tokens left.
         """
-        tokens = [math.prod(self.patch_grid()) if num_patches is None else num_patches]
-        if tokens[0] < 1:
+        return [math.prod(shape) for shape in self.shapes_per_stage(num_patches)]
+
+    def shapes_per_stage(self, num_patches: int | Shape | None = None) -> list[Shape]:
+        """As [`tokens_per_stage`], with rows and columns where the tokens form a grid."""
+        num_patches = self.patch_grid() if num_patches is None else num_patches
+        shapes: list[Shape] = [(num_patches,) if isinstance(num_patches, int) else num_patches]
+        if min(shapes[0]) < 1:
             raise ValueError(
                 f"The image is smaller than one patch of `patch_size={self.patch_size}` pixels: enlarge it."
             )
         for stage, block in enumerate(self.hvt_pool or []):
-            left = tokens[-1]
-            tokens.append(POOL_MODES[self.pool_mode].length(self, left, stage))
-            if tokens[-1] < 1:
+            shapes.append(POOL_MODES[self.pool_mode].shape(self, shapes[-1], stage))
+            if min(shapes[-1]) < 1:
+                left = " × ".join(map(str, shapes[-2])) if self.pools_on_grid else math.prod(shapes[-2])
                 raise ValueError(
                     f"`hvt_pool={self.hvt_pool}` runs out of tokens at block {block}: {left} left, and a "
                     f"window takes `pool_kernel_size={self.pool_kernel_size}`. Pool at fewer blocks, or use larger "
                     "images, smaller patches or a smaller kernel."
                 )
-        return tokens
+        return shapes
 
     def num_merged(self, num_tokens: int, stage: int) -> int:
         """Number of the `num_tokens` patch tokens that join another at the merging stage `stage`, counted from 0."""
@@ -490,26 +555,31 @@ class HPoolViTConfig(PreTrainedConfig):
         blocks one per token under `hvt_pool` or, if only other schedules pool there, under the one of them that
         leaves the most. Empty if stages have no position embeddings.
         """
+        return {block: math.prod(shape) for block, shape in self.stage_shapes().items()}
+
+    def stage_shapes(self) -> dict[int, Shape]:
+        """As [`stage_positions`], with rows and columns where they form a grid."""
         if not self.has_stage_positions:
             return {}
-        positions: dict[int, int] = {}
+        shapes: dict[int, Shape] = {}
         for schedule in self.hvt_pool_choices or []:
-            for block, num_tokens in self.with_schedule(schedule)._own_stages().items():
-                positions[block] = max(num_tokens, positions.get(block, 0))
-        positions |= self._own_stages() | self._recorded_stages()
-        return dict(sorted(positions.items()))
+            for block, shape in self.with_schedule(schedule)._own_stages().items():
+                shapes[block] = max(shape, shapes.get(block, shape), key=math.prod)
+        shapes |= self._own_stages() | self._recorded_stages()
+        return dict(sorted(shapes.items()))
 
-    def _recorded_stages(self) -> dict[int, int]:
+    def _recorded_stages(self) -> dict[int, Shape]:
         # The keys are integers: `__setattr__` has converted those of JSON.
-        return cast(dict[int, int], self.stages or {})
+        stages = cast(dict[int, int | Shape], self.stages or {})
+        return {block: (shape,) if isinstance(shape, int) else shape for block, shape in stages.items()}
 
-    def _own_stages(self) -> dict[int, int]:
+    def _own_stages(self) -> dict[int, Shape]:
         """The tokens after each stage of `hvt_pool`, by block."""
-        return dict(zip(self.hvt_pool or [], self.tokens_per_stage()[1:], strict=True))
+        return dict(zip(self.hvt_pool or [], self.shapes_per_stage()[1:], strict=True))
 
     def new_stages(self) -> list[int]:
         """The blocks whose stages are newer than the recorded `stages`, so that saved weights lack them."""
-        return [] if self.stages is None else [block for block in self.stage_positions() if block not in self.stages]
+        return [] if self.stages is None else [block for block in self.stage_shapes() if block not in self.stages]
 
     def with_schedule(self, hvt_pool: Schedule) -> "HPoolViTConfig":
         """A copy with the schedule `hvt_pool` and no other; it is not validated."""
@@ -533,15 +603,16 @@ class HPoolViTConfig(PreTrainedConfig):
     def record_stages(self) -> None:
         """Writes into `stages` which stages the model has, so that a saved folder tells it."""
         if self.has_stage_positions:
-            self.stages = self.stage_positions()
+            self.stages = _as_recorded(self.stage_shapes())
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "HPoolViTConfig":
         """
-        The configuration of one of the paper's models, with 1000 labels.
+        The configuration of one of the paper's models or of ours, with 1000 labels.
 
         Args:
-            name (`str`): `hvt-ti-1`, `hvt-s-0` … `hvt-s-4` or `scale-hvt-ti-4`.
+            name (`str`):
+                `hvt-ti-1`, `hvt-s-0` … `hvt-s-4` or `scale-hvt-ti-4`, or `hpool-s-grid`, which is not the paper's.
             overrides: fields that replace those of the preset.
 
         Raises:
@@ -576,17 +647,26 @@ class HPoolViTConfig(PreTrainedConfig):
 
     def _check_sizes(self) -> None:
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
-        names += ["pool_kernel_size", "pool_stride"]
-        names += [name for name in ("classifier_hidden_size", "readout_num_heads") if getattr(self, name) is not None]
+        optional = ("classifier_hidden_size", "readout_num_heads", "feature_pyramid_size")
+        names += [name for name in optional if getattr(self, name) is not None]
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
-        for name in ("image_size", "patch_size"):
-            shape = _pair(getattr(self, name))
+        for name, axes in (
+            ("image_size", "(height, width), each at least 1 pixel"),
+            ("patch_size", "(height, width), each at least 1 pixel"),
+            ("pool_kernel_size", "(rows, columns), each at least 1"),
+            ("pool_stride", "(rows, columns), each at least 1"),
+            ("rope_grid", "(rows, columns), each at least 1"),
+        ):
+            shape = _pair(getattr(self, name) or 1) if name == "rope_grid" else _pair(getattr(self, name))
             if len(shape) != 2 or min(shape) < 1:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)}` must be one number or (height, width), each at least 1 pixel."
-                )
+                raise ValueError(f"`{name}={getattr(self, name)}` must be one number or {axes}.")
+        if isinstance(self.pool_kernel_size, int) != isinstance(self.pool_stride, int):
+            raise ValueError(
+                f"`pool_kernel_size={self.pool_kernel_size}` and `pool_stride={self.pool_stride}` must both be "
+                "numbers (windows along all tokens) or both pairs (windows on the grid of patches)."
+            )
         if self.num_register_tokens < 0:
             raise ValueError(f"`num_register_tokens={self.num_register_tokens}` must be at least 0.")
         if any(size % patch for size, patch in zip(self.image_shape, self.patch_shape, strict=True)):
@@ -641,10 +721,6 @@ class HPoolViTConfig(PreTrainedConfig):
             raise ValueError(f"`layer_scale_init_value={self.layer_scale_init_value}` must be finite, or None.")
 
     def _check_rope(self) -> None:
-        if self.rope_grid is not None and (len(_pair(self.rope_grid)) != 2 or min(_pair(self.rope_grid)) < 1):
-            raise ValueError(
-                f"`rope_grid={self.rope_grid}` must be one number or (rows, columns), each at least 1 patch."
-            )
         if self.rope_theta is None:
             return
         if not 0 < self.rope_theta < math.inf:
@@ -664,11 +740,21 @@ class HPoolViTConfig(PreTrainedConfig):
                 self.with_schedule(choice)._check_schedule()
             except ValueError as error:
                 raise ValueError(f"`hvt_pool_choices={choices}`: {error}") from None
-        for block, number in (self.stages or {}).items():
-            if block not in range(self.num_hidden_layers) or number < 1:
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        for block, recorded in (self.stages or {}).items():
+            shape = (recorded,) if isinstance(recorded, int) else recorded
+            fits = isinstance(shape, tuple) and all(isinstance(number, int) for number in shape)
+            if block not in range(self.num_hidden_layers) or not fits or min(shape) < 1:
                 raise ValueError(
                     f"`stages={self.stages}` must map blocks from 0 to {self.num_hidden_layers - 1} to numbers of "
-                    f"position embeddings, each at least 1; {block}: {number} does not fit."
+                    f"position embeddings, each at least 1; {block}: {recorded} does not fit."
+                )
+            if self.has_stage_positions and len(shape) != len(self.pool_window[0]):
+                raise ValueError(
+                    f"`stages={self.stages}` does not fit `pool_kernel_size={self.pool_kernel_size}`: stages on a "
+                    "grid have (rows, columns), others one number. For new stages, set `stages=None`."
                 )
 
     def _check_schedule(self) -> None:

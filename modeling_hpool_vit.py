@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from os import PathLike
 from typing import Any, Unpack
 
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
@@ -20,6 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hpool_vit import HPoolViTConfig
 from .pooling_hpool_vit import (
+    POOLINGS,
     HPoolViTPooling,
     HPoolViTStages,
     Streams,
@@ -112,7 +114,7 @@ class HPoolViTEmbeddings(nn.Module):
             )
         size = tuple(pixel_values.shape[2:])
         if interpolate_pos_encoding or self.position_embeddings is None:
-            self.config.tokens_per_stage(math.prod(self.config.patch_grid(*size)))
+            self.config.tokens_per_stage(self.config.patch_grid(*size))
         elif size != self.config.image_shape:
             raise ValueError(
                 f"`pixel_values` are images of {size[0]} × {size[1]} pixels, and the model is made for "
@@ -601,7 +603,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         # Transformers lists only the class that is saved, but every Auto class must load the folder.
         self.config.auto_map = {
             cls._auto_class: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
-            for cls in (HPoolViTModel, HPoolViTForImageClassification)
+            for cls in (HPoolViTModel, HPoolViTForImageClassification, HPoolViTBackbone)
         }
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         # Transformers copies the code of the model's own class, which may be a user's subclass.
@@ -623,7 +625,11 @@ def rename_earlier_weights(module: nn.Module, state_dict: dict[str, torch.Tensor
     """
 )
 class HPoolViTModel(HPoolViTPreTrainedModel):
-    def __init__(self, config: HPoolViTConfig):
+    def __init__(self, config: HPoolViTConfig, add_pooling_layer: bool = True):
+        r"""
+        add_pooling_layer (`bool`, defaults to `True`):
+            Whether to build the readout. Without it `pooler_output` is None.
+        """
         super().__init__(config)
         # Once more, for fields assigned since the configuration was made.
         config.validate()
@@ -635,15 +641,18 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         self.layers = nn.ModuleList([self.layer_class(config, index) for index in range(config.num_hidden_layers)])
         has_norm = self.layer_class.has_final_norm and config.use_final_norm
         self.layernorm = layer_norm(config, config.hidden_size) if has_norm else nn.Identity()
-        self.readout = READOUTS[config.resolved_readout](config)
+        self.readout = READOUTS[config.resolved_readout](config) if add_pooling_layer else None
         self.register_load_state_dict_pre_hook(rename_earlier_weights)
         self.post_init()
 
     def start(self, pixel_values: Any, interpolate_pos_encoding: bool) -> Tokens:
         """The tokens that the first stage or block takes."""
         tokens = self.layer_class.start(self.embeddings(pixel_values, interpolate_pos_encoding))
-        coordinates = None if self.rotary is None else self.rotary.coordinates(pixel_values)
-        return tokens._replace(num_prefix_tokens=self.config.num_prefix_tokens, coordinates=coordinates)
+        return tokens._replace(
+            num_prefix_tokens=self.config.num_prefix_tokens,
+            coordinates=None if self.rotary is None else self.rotary.coordinates(pixel_values),
+            grid=self.config.patch_grid(*pixel_values.shape[2:]),
+        )
 
     def attention_inputs(self, tokens: Tokens) -> dict[str, Any]:
         """What attention needs to know of the tokens; it stays the same from one stage to the next."""
@@ -652,6 +661,31 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
             rotation = self.rotary(tokens.coordinates, tokens.num_prefix_tokens, tokens.hidden_states.dtype)
         mask = proportional_attention_mask(self.config, tokens)
         return {"attention_mask": mask, "position_embeddings": rotation}
+
+    def encode(
+        self, pixel_values: Any, interpolate_pos_encoding: bool, keep: Collection[int] = (), **kwargs: Any
+    ) -> tuple[Tokens, dict[int, Tokens]]:
+        """The tokens that the last block returns, and those after n blocks for each n in `keep`."""
+        if kwargs.pop("attention_mask", None) is not None:
+            raise ValueError("HPool-ViT takes no `attention_mask`: every token is attended to. Leave it out.")
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                "`torch.onnx.export` with `dynamo=False` fixes the batch size, and writes invalid graphs of merging: "
+                "pass `dynamo=True`, or use `hpool-vit export`."
+            )
+        tokens = self.start(pixel_values, interpolate_pos_encoding)
+        tokens = self.pooling.touch_idle(tokens) if self.training else tokens
+        kept = {0: tokens} if 0 in keep else {}
+        attention_inputs = self.attention_inputs(tokens)
+        stages = self.pooling.in_use()
+        for index, layer in enumerate(self.layers):
+            if index in stages:
+                tokens = stages[index](tokens, interpolate_pos_encoding)
+                attention_inputs = self.attention_inputs(tokens)
+            tokens = tokens.with_streams(layer(*tokens.streams, **attention_inputs, **kwargs))
+            if index + 1 in keep:
+                kept[index + 1] = tokens
+        return tokens, kept
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -669,32 +703,19 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
             Whether to resize the position embeddings to the images, which may then have any size that leaves at least
             one token. Otherwise, any size but `config.image_size` raises a `ValueError`.
         """
-        if kwargs.pop("attention_mask", None) is not None:  # type: ignore[typeddict-item]
-            raise ValueError("HPool-ViT takes no `attention_mask`: every token is attended to. Leave it out.")
-        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-            raise ValueError(
-                "`torch.onnx.export` with `dynamo=False` fixes the batch size, and writes invalid graphs of merging: "
-                "pass `dynamo=True`, or use `hpool-vit export`."
-            )
-        interpolate_pos_encoding = bool(interpolate_pos_encoding)
-        tokens = self.start(pixel_values, interpolate_pos_encoding)
-        attention_inputs = self.attention_inputs(tokens)
-        stages = self.pooling.in_use()
-        for index, layer in enumerate(self.layers):
-            if index in stages:
-                tokens = stages[index](tokens, interpolate_pos_encoding)
-                attention_inputs = self.attention_inputs(tokens)
-            tokens = tokens.with_streams(layer(*tokens.streams, **attention_inputs, **kwargs))
-
-        if self.training:
-            tokens = self.pooling.touch_idle(tokens)
+        tokens, _ = self.encode(pixel_values, bool(interpolate_pos_encoding), **kwargs)
         if self.config.norm_after_pooling:
             last_hidden_state = tokens.hidden_states
-            pooler_output = self.layernorm(self.readout(tokens))
+            pooler_output = None if self.readout is None else self.layernorm(self.readout(tokens))
         else:
-            last_hidden_state = self.layer_class.finish(tokens, self.layernorm)
-            pooler_output = self.readout(tokens.with_streams((last_hidden_state,)))
+            tokens = self.finish(tokens)
+            last_hidden_state = tokens.hidden_states
+            pooler_output = None if self.readout is None else self.readout(tokens)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        """The tokens of any block in one stream, after the final norm."""
+        return tokens.with_streams((self.layer_class.finish(tokens, self.layernorm),))
 
 
 @auto_docstring(
@@ -752,7 +773,109 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
         )
 
 
+class HPoolViTChannelNorm(nn.LayerNorm):
+    """A LayerNorm over the channels of feature maps of shape `(batch_size, channels, rows, columns)`."""
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return super().forward(feature_map.movedim(1, -1)).movedim(-1, 1)
+
+
+class HPoolViTFeaturePyramid(nn.Module):
+    """Four feature maps of 4, 2, 1 and 1/2 times the resolution of one (ViTDet, arXiv 2203.16527, Section 3)."""
+
+    def __init__(self, config: HPoolViTConfig, channels: int):
+        super().__init__()
+        width, half, quarter = config.hidden_size, config.hidden_size // 2, config.hidden_size // 4
+        double: list[nn.Module] = [nn.ConvTranspose2d(width, half, 2, 2)]
+        quadruple = [nn.ConvTranspose2d(width, half, 2, 2), HPoolViTChannelNorm(half, eps=config.layer_norm_eps)]
+        quadruple += [nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2)]
+        resizers: list[tuple[list[nn.Module], int]] = [
+            (quadruple, quarter),
+            (double, half),
+            ([], width),
+            ([nn.MaxPool2d(2)], width),
+        ]
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                *resizer,
+                nn.Conv2d(resized, channels, 1, bias=False),
+                HPoolViTChannelNorm(channels, eps=config.layer_norm_eps),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                HPoolViTChannelNorm(channels, eps=config.layer_norm_eps),
+            )
+            for resizer, resized in resizers
+        )
+
+    def forward(self, feature_map: torch.Tensor) -> list[torch.Tensor]:
+        return [level(feature_map) for level in self.levels]
+
+
+@auto_docstring(
+    custom_intro="""
+    HPool-ViT as a backbone for segmentation and detection. Its feature maps have the shape `(batch_size, channels,
+    rows, columns)`. Pooling on the grid gives them falling resolutions; with merging or without pooling every patch
+    has a cell, which gets the token that the patch went into.
+    """
+)
+class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
+    def __init__(self, config: HPoolViTConfig):
+        if config.hvt_pool and not (config.pools_on_grid or POOLINGS[config.pool_mode].partitions):
+            raise ValueError(
+                f"`pool_mode={config.pool_mode!r}` with `pool_kernel_size={config.pool_kernel_size}` pools along the "
+                "row of tokens, which leaves no grid: use pairs such as `pool_kernel_size=(2, 2)` and "
+                "`pool_stride=(2, 2)`, `pool_mode='merge'`, or `hvt_pool=None`."
+            )
+        if config.feature_pyramid_size and config.hvt_pool and config.pools_on_grid:
+            raise ValueError("`feature_pyramid_size` needs a map of every patch: merge, or do not pool.")
+        if config.out_indices is None:
+            self.choose_outputs(config)
+        super().__init__(config)
+        self.hpool_vit = HPoolViTModel(config, add_pooling_layer=False)
+        channels = config.feature_pyramid_size
+        self.num_features = [channels or config.hidden_size] * len(config.stage_names)
+        self.pyramid = HPoolViTFeaturePyramid(config, channels) if channels else None
+        self.post_init()
+
+    @staticmethod
+    def choose_outputs(config: HPoolViTConfig) -> None:
+        """The last map of each resolution."""
+        if config.feature_pyramid_size:
+            config.out_features = config.stage_names
+        else:
+            blocks = (config.hvt_pool or []) if config.pools_on_grid else []
+            config.out_indices = [*blocks, config.num_hidden_layers]
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+            Normalised images of any size.
+        interpolate_pos_encoding (`bool`, *optional*):
+            Whether to resize the position embeddings to the images; None: if they have another size than
+            `config.image_size`.
+        """
+        if interpolate_pos_encoding is None:
+            interpolate_pos_encoding = tuple(pixel_values.shape[2:]) != self.config.image_shape
+        last = self.config.num_hidden_layers
+        indices = [last] if self.pyramid is not None else [index % (last + 1) for index in self.out_indices]
+        _, kept = self.hpool_vit.encode(pixel_values, interpolate_pos_encoding, keep=indices, **kwargs)
+        feature_maps = [self.hpool_vit.finish(kept[index]).feature_map for index in indices]
+        if self.pyramid is not None:
+            levels = self.pyramid(feature_maps[0])
+            feature_maps = [levels[self.stage_names.index(name)] for name in self.out_features]
+        # Transformers says a tuple of one map.
+        return BackboneOutput(feature_maps=tuple(feature_maps))  # type: ignore[arg-type]
+
+
 HPoolViTModel.register_for_auto_class("AutoModel")
 HPoolViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+HPoolViTBackbone.register_for_auto_class("AutoBackbone")
 
-__all__ = ["HPoolViTForImageClassification", "HPoolViTModel", "HPoolViTPreTrainedModel"]
+__all__ = ["HPoolViTBackbone", "HPoolViTForImageClassification", "HPoolViTModel", "HPoolViTPreTrainedModel"]

@@ -1,5 +1,6 @@
 """The stages of HPool-ViT at which the token sequence gets shorter: pooling along it, or merging by similarity."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_hpool_vit import HPoolViTConfig
+from .configuration_hpool_vit import HPoolViTConfig, Shape, windows_shape
 
 
 # The hidden states that a block takes and returns: one stream, or two for `ln_order="residual"`. Each has the shape
@@ -28,6 +29,10 @@ class Tokens(NamedTuple):
             each token stands for; None as long as no tokens have merged.
         coordinates (`torch.FloatTensor` of shape `(batch_size or 1, num_patch_tokens, 2)`, *optional*): row and column
             of each token, for rotary positions; None without them.
+        grid (`tuple[int, int]`, *optional*): rows and columns of cells that the tokens stand for; None where windows
+            along the row of tokens have mixed the rows of the image.
+        assignment (`torch.LongTensor` of shape `(batch_size, rows * columns)`, *optional*): the patch token of each
+            cell, after tokens have merged; None: the patch tokens are the cells.
     """
 
     hidden_states: torch.Tensor
@@ -35,11 +40,24 @@ class Tokens(NamedTuple):
     num_prefix_tokens: int = 0
     sizes: torch.Tensor | None = None
     coordinates: torch.Tensor | None = None
+    grid: tuple[int, int] | None = None
+    assignment: torch.Tensor | None = None
 
     @property
     def patch_tokens(self) -> torch.Tensor:
         """The hidden states of the patch tokens: `(batch_size, num_patch_tokens, hidden_size)`."""
         return self.hidden_states[:, self.num_prefix_tokens :]
+
+    @property
+    def feature_map(self) -> torch.Tensor:
+        """
+        The patch tokens in their places, each in all cells that merged into it: `(batch_size, hidden_size, rows,
+        columns)`.
+        """
+        tokens = self.patch_tokens
+        if self.assignment is not None:
+            tokens = tokens.gather(1, self.assignment.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+        return tokens.transpose(1, 2).unflatten(2, self.grid)
 
     @property
     def streams(self) -> Streams:
@@ -63,7 +81,7 @@ class Tokens(NamedTuple):
         return self if self.coordinates is None else self._replace(coordinates=function(self.coordinates))
 
 
-def resize_positions(positions: torch.Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> torch.Tensor:
+def resize_positions(positions: torch.Tensor, old: Shape, new: Shape) -> torch.Tensor:
     """Position embeddings of a row (linear) or a grid (bicubic) of tokens for one of another size."""
     grid = positions.float().transpose(1, 2).unflatten(2, old)
     grid = nn.functional.interpolate(grid, size=new, mode="bicubic" if len(new) == 2 else "linear")
@@ -102,55 +120,75 @@ class HPoolViTStage(nn.Module):
 
 class HPoolViTPooling(HPoolViTStage):
     """
-    Pools windows along the token axis, then adds the stage's own position embeddings (paper Section 3.2), if the model
-    has position embeddings at all.
+    Pools windows along the row of tokens (paper Section 3.2) or on their grid, then adds the stage's own position
+    embeddings, if the model has position embeddings at all.
     """
 
     fields = ("pool_kernel_size", "pool_stride")
 
     def __init__(self, config: HPoolViTConfig, block: int):
         super().__init__(config, block)
-        self.kernel_size, self.stride = config.pool_kernel_size, config.pool_stride
-        num_positions = config.stage_positions().get(block)
+        self.kernel_size, self.stride = config.pool_window
+        # Window and step for each axis: one axis for a row of tokens, two for a grid.
+        self.window_axes = tuple(range(-len(self.kernel_size), 0))
+        self.positions_shape = config.stage_shapes().get(block, ())
+        num_positions = math.prod(self.positions_shape)
         self.position_embeddings = (
-            nn.Parameter(torch.zeros(1, num_positions, config.hidden_size)) if num_positions else None
+            nn.Parameter(torch.zeros(1, num_positions, config.hidden_size)) if self.positions_shape else None
         )
 
     def reduce(self, windows: torch.Tensor) -> torch.Tensor:
-        """From `(batch_size, num_windows, hidden_size, kernel_size)` to `(batch_size, num_windows, hidden_size)`."""
+        """From `(batch_size, *shape, hidden_size, *kernel_size)` to `(batch_size, *shape, hidden_size)`."""
         raise NotImplementedError
 
     def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
-        tokens = tokens.on_patch_tokens(lambda patch_tokens: self.pool(patch_tokens, interpolate_pos_encoding))
-        return tokens.on_coordinates(lambda coordinates: self.windows(coordinates).mean(-1))
+        grid = tokens.grid
+        pooled = tokens.on_patch_tokens(lambda patch_tokens: self.pool(patch_tokens, grid, interpolate_pos_encoding))
+        pooled = pooled.on_coordinates(
+            lambda coordinates: self.windows(coordinates, grid).mean(self.window_axes).flatten(1, -2)
+        )
+        return pooled._replace(grid=grid and self.grid_after(grid))
 
-    def windows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """From `(batch_size, num_tokens, width)` to `(batch_size, num_windows, width, kernel_size)`."""
-        # A view with the token axis in place, so nothing is transposed and copied.
-        return tokens.unfold(1, self.kernel_size, self.stride)
+    def windows(self, tokens: torch.Tensor, grid: Shape | None) -> torch.Tensor:
+        """From `(batch_size, num_tokens, width)` to `(batch_size, *shape, width, *kernel_size)`."""
+        # A view with the axes of the tokens in place, so nothing is transposed and copied.
+        if len(self.kernel_size) == 2:
+            tokens = tokens.unflatten(1, grid)
+        for axis, (kernel_size, stride) in enumerate(zip(self.kernel_size, self.stride, strict=True), start=1):
+            tokens = tokens.unfold(axis, kernel_size, stride)
+        return tokens
 
-    def pool(self, patch_tokens: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
-        patch_tokens = self.reduce(self.windows(patch_tokens))
+    def grid_after(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows and columns of the windows; None if they lie in a row."""
+        if len(self.kernel_size) == 1:
+            return None
+        rows, columns = windows_shape(self.config, grid, 0)
+        return rows, columns
+
+    def pool(self, patch_tokens: torch.Tensor, grid: Shape | None, interpolate_pos_encoding: bool) -> torch.Tensor:
+        # (batch_size, *shape, hidden_size)
+        pooled = self.reduce(self.windows(patch_tokens, grid))
+        shape, pooled = tuple(pooled.shape[1:-1]), pooled.flatten(1, -2)
         positions: torch.Tensor | None = self.position_embeddings
         if positions is None:
-            return patch_tokens
-        if interpolate_pos_encoding or positions.shape[1] != patch_tokens.shape[1]:
-            positions = resize_positions(positions, (positions.shape[1],), (patch_tokens.shape[1],))
-        return patch_tokens + positions
+            return pooled
+        if interpolate_pos_encoding or self.positions_shape != shape:
+            positions = resize_positions(positions, self.positions_shape, shape)
+        return pooled + positions
 
 
 class HPoolViTMaxPooling(HPoolViTPooling):
     """The maximum of each channel in each window."""
 
     def reduce(self, windows: torch.Tensor) -> torch.Tensor:
-        return windows.amax(-1)
+        return windows.amax(self.window_axes)
 
 
 class HPoolViTAvgPooling(HPoolViTPooling):
     """The mean of each window."""
 
     def reduce(self, windows: torch.Tensor) -> torch.Tensor:
-        return windows.mean(-1)
+        return windows.mean(self.window_axes)
 
 
 class HPoolViTMerging(HPoolViTStage):
@@ -184,7 +222,8 @@ class HPoolViTMerging(HPoolViTStage):
             weights = weights / sizes.unsqueeze(-1)
             merged = tokens.on_patch_tokens(lambda patch_tokens: weights.to(patch_tokens.dtype) @ patch_tokens)
             merged = merged.on_coordinates(lambda coordinates: weights @ coordinates)
-        return merged._replace(sizes=sizes)
+        assignment = groups if tokens.assignment is None else groups.gather(1, tokens.assignment)
+        return merged._replace(sizes=sizes, assignment=assignment)
 
     def groups(self, tokens: Tokens) -> torch.Tensor | None:
         """
@@ -331,5 +370,6 @@ class HPoolViTStages(nn.ModuleDict):
         recorded = sorted(int(other) for other in self.config.stages or {})
         if not recorded:
             return torch.zeros_like(positions)
-        nearest = self.get_parameter(f"{min(recorded, key=lambda other: abs(other - block))}.position_embeddings")
-        return resize_positions(nearest, (nearest.shape[1],), (positions.shape[1],))
+        nearest = min(recorded, key=lambda other: abs(other - block))
+        trained, shapes = self.get_parameter(f"{nearest}.position_embeddings"), self.config.stage_shapes()
+        return resize_positions(trained, shapes[nearest], shapes[block])

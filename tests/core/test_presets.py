@@ -1,4 +1,4 @@
-"""The presets are the paper's models: as many parameters and multiply-accumulates as its tables say."""
+"""The presets of the paper's models have as many parameters and multiply-accumulates as its tables say."""
 
 import pytest
 
@@ -6,6 +6,9 @@ from hpool_vit import HPoolViTConfig
 from hpool_vit.configuration_hpool_vit import PRESETS
 from hpool_vit.toolkit.inspection.stats import model_stats
 
+
+# Not the paper's.
+OURS = {"hpool-s-grid"}
 
 # Parameters in millions, multiply-accumulates in 10⁹ (paper, Tables 1 and 4).
 PAPER = {
@@ -28,4 +31,4 @@ def test_a_preset_has_the_papers_parameters_and_macs(preset):
 
 
 def test_every_preset_is_checked_against_the_paper():
-    assert set(PAPER) == set(PRESETS)
+    assert set(PAPER) | OURS == set(PRESETS)

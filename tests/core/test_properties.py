@@ -52,6 +52,12 @@ def configurations(draw) -> tuple[dict, str | None]:
         "use_class_token": draw(st.booleans()),
         "num_labels": draw(st.integers(1, 4)),
         "qkv_bias": draw(st.booleans()),
+        "num_register_tokens": draw(st.integers(0, 2)),
+        "readout": draw(st.sampled_from([None, "mean", "attention"])),
+        "embedding_norm": draw(st.booleans()),
+        "use_gated_mlp": draw(st.booleans()),
+        "use_position_embeddings": draw(st.booleans()),
+        "use_qk_norm": draw(st.booleans()),
         "layer_norm_eps": draw(st.sampled_from([1e-6, 1e-12])),
     }
     replaced = draw(st.none() | st.sampled_from(sorted(values)))

@@ -65,6 +65,7 @@ def test_the_folder_names_every_auto_class_whichever_model_was_saved(saved_folde
     HPoolViTModel.from_pretrained(saved_folder).save_pretrained(tmp_path)
     for folder in (saved_folder, tmp_path):
         assert json.loads((folder / "config.json").read_text())["auto_map"] == {
+            "AutoBackbone": "modeling_hpool_vit.HPoolViTBackbone",
             "AutoConfig": "configuration_hpool_vit.HPoolViTConfig",
             "AutoModel": "modeling_hpool_vit.HPoolViTModel",
             "AutoModelForImageClassification": "modeling_hpool_vit.HPoolViTForImageClassification",

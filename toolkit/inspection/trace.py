@@ -229,18 +229,19 @@ class _Recorder:
 
     def pool_max(self, stage: nn.Module, before: Tokens) -> tuple:
         tokens = torch.cat(before.streams, dim=-1)[:, self.num_prefix_tokens :].float().cpu()
-        winners = tokens.unfold(1, stage.kernel_size, stage.stride).argmax(-1)
-        winners = winners + torch.arange(winners.shape[1])[:, None] * stage.stride
+        # (tokens after, window), (batch_size, tokens after, channels of all streams)
+        members, winners = self.members(stage, before), _in_windows(stage, tokens, before).argmax(-1)
+        winners = members[torch.arange(len(members))[:, None], winners]
         if self.suppliers is None:
             self.suppliers = torch.arange(tokens.shape[1])[:, None].expand_as(tokens)
         self.suppliers = self.suppliers.gather(1, winners)
         pooling = _shares(winners, tokens.shape[1])
         share = _shares(self.suppliers, self.stages[0].num_tokens)
-        return self.windows(stage), pooling, share, None
+        return self.windows(stage, before), pooling, share, None
 
     def pool_avg(self, stage: nn.Module, before: Tokens) -> tuple:
-        windows = self.windows(stage)
-        pooling = windows.float() / stage.kernel_size
+        windows = self.windows(stage, before)
+        pooling = windows.float() / windows.sum(-1, keepdim=True)
         return windows, pooling, pooling @ self.stages[-1].share, None
 
     def merge(self, stage: nn.Module, before: Tokens) -> tuple:
@@ -253,10 +254,15 @@ class _Recorder:
         pooling = pooling / pooling.sum(-1, keepdim=True)
         return joined, pooling, pooling @ last.share, groups.gather(1, last.groups)
 
-    def windows(self, stage: nn.Module) -> torch.Tensor:
+    def members(self, stage: nn.Module, before: Tokens) -> torch.Tensor:
+        """The tokens in each window: `(tokens after, window)`."""
+        num_tokens = self.stages[-1].num_tokens
+        return _in_windows(stage, torch.arange(num_tokens)[None, :, None], before)[0, :, 0]
+
+    def windows(self, stage: nn.Module, before: Tokens) -> torch.Tensor:
         batch_size, num_tokens, _ = self.stages[-1].share.shape
-        members = torch.arange(num_tokens).unfold(0, stage.kernel_size, stage.stride)
-        return nn.functional.one_hot(members, num_tokens).sum(1).bool().expand(batch_size, -1, -1)
+        joined = nn.functional.one_hot(self.members(stage, before), num_tokens).sum(1).bool()
+        return joined.expand(batch_size, -1, -1)
 
     def read_rollout(self) -> torch.Tensor:
         rollout = self.rollout[:, :, self.num_prefix_tokens :]
@@ -265,6 +271,11 @@ class _Recorder:
         else:
             rollout = _mean(rollout[:, self.num_prefix_tokens :], self.stages[-1].weights)
         return rollout / rollout.sum(-1, keepdim=True)
+
+
+def _in_windows(stage: nn.Module, tokens: torch.Tensor, before: Tokens) -> torch.Tensor:
+    """From (batch_size, tokens, width) to (batch_size, tokens after, width, window)."""
+    return stage.windows(tokens, before.grid).flatten(-len(stage.kernel_size)).flatten(1, -3)
 
 
 def _mean(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
