@@ -77,6 +77,14 @@ def on_plain_values_with_value_errors(cls: Class) -> Class:
     return cls
 
 
+def _as_number(text: Any) -> Any:
+    """JSON has text for the keys of a dictionary."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text
+
+
 def _as_recorded(shapes: dict[int, Shape]) -> dict[int, int | Shape]:
     """The shapes of stages by block, as `stages` holds them: a number for tokens in a row."""
     return {block: shape[0] if len(shape) == 1 else shape for block, shape in shapes.items()}
@@ -196,6 +204,10 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
         hvt_pool_choices (`list[list[int] | None]`, *optional*):
             The schedules to train for and to offer, in any order; None: only `hvt_pool`. If you pass it to
             `from_pretrained`, the model drops the stages that neither these schedules nor `hvt_pool` need.
+        speeds (`dict[float, dict]`, *optional*):
+            Ways to pool that the model offers: how many times fewer multiply-accumulates than without pooling (or how
+            much less time), and the fields that save them: `{2.0: {"hvt_pool": [1, 5], "merge_ratio": [0.3, 0.4]}}`.
+            `model.set_speed(2)` or `from_pretrained(…, speed=2)` picks one; 1 is always there and means no pooling.
         stages (`dict[int, int]`, *optional*):
             Which blocks have a pooling stage with weights, and the number of position embeddings of each (on a grid,
             their rows and columns); they are resized where a schedule leaves another number of tokens. You rarely set
@@ -320,6 +332,7 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
     ln_order: str = "residual"
     hvt_pool: Schedule = field(default_factory=lambda: [1, 5, 9])
     hvt_pool_choices: list[Schedule] | tuple[Schedule, ...] | None = None
+    speeds: dict[Any, dict[str, Any]] | None = None
     stages: dict[int, Any] | dict[str, Any] | None = None
     pool_mode: str = "max"
     pool_kernel_size: int | list[int] | tuple[int, int] = 3
@@ -389,6 +402,8 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
             value = list(value)  # also a copy, which nobody else can change
         elif key == "hvt_pool_choices" and isinstance(value, list | tuple):
             value = _each_once(value)
+        elif key == "speeds" and isinstance(value, dict):
+            value = {_as_number(speed): dict(fields) for speed, fields in value.items()}
         elif key == "stages" and isinstance(value, dict):
             # JSON has text for keys and lists for tuples.
             value = {
@@ -403,6 +418,10 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         if config_dict.get("hvt_pool_choices") and config_dict.get("stages") is None:
             config_dict = {**config_dict, "stages": cls._stages_before_they_were_recorded(config_dict)}
+        if (speed := kwargs.pop("speed", None)) is not None:
+            if given := {"hvt_pool", "merge_ratio"} & kwargs.keys():
+                raise ValueError(f"`speed={speed}` and `{min(given)}` exclude each other: give only one.")
+            kwargs |= cls(**config_dict).fields_of_speed(speed)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         if {"hvt_pool", "hvt_pool_choices"} & kwargs.keys() and "stages" not in kwargs:
@@ -562,7 +581,8 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if not self.has_stage_positions:
             return {}
         shapes: dict[int, Shape] = {}
-        for schedule in self.hvt_pool_choices or []:
+        offered = [fields["hvt_pool"] for fields in (self.speeds or {}).values()]
+        for schedule in [*(self.hvt_pool_choices or []), *offered]:
             for block, shape in self.with_schedule(schedule)._own_stages().items():
                 shapes[block] = max(shape, shapes.get(block, shape), key=math.prod)
         shapes |= self._own_stages() | self._recorded_stages()
@@ -581,24 +601,39 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """The blocks whose stages are newer than the recorded `stages`, so that saved weights lack them."""
         return [] if self.stages is None else [block for block in self.stage_shapes() if block not in self.stages]
 
-    def with_schedule(self, hvt_pool: Schedule) -> "HPoolViTConfig":
-        """A copy with the schedule `hvt_pool` and no other; it is not validated."""
+    def with_schedule(self, hvt_pool: Schedule, merge_ratio: Any = None) -> "HPoolViTConfig":
+        """A copy with the schedule `hvt_pool` and no other, and `merge_ratio` if it is given; it is not validated."""
         config = copy.copy(self)
-        config.hvt_pool_choices = None
+        config.hvt_pool_choices = config.speeds = None
         config.hvt_pool = hvt_pool
+        config.merge_ratio = self.merge_ratio if merge_ratio is None else merge_ratio
         return config
 
-    def change_schedule(self, hvt_pool: Schedule) -> None:
+    def change_schedule(self, hvt_pool: Schedule, merge_ratio: Any = None) -> None:
         """
-        Assigns `hvt_pool`, and records the stages that the model has had so far in `stages`.
+        Assigns `hvt_pool`, and `merge_ratio` if it is given, and records the stages that the model has had so far in
+        `stages`.
 
         Raises:
             ValueError: for a schedule that no model can be built with; nothing changes then.
         """
-        config = self.with_schedule(hvt_pool)
+        config = self.with_schedule(hvt_pool, merge_ratio)
         config._check_schedule()
         self.record_stages()
-        self.hvt_pool = config.hvt_pool
+        self.hvt_pool, self.merge_ratio = config.hvt_pool, config.merge_ratio
+
+    def fields_of_speed(self, speed: float) -> dict[str, Any]:
+        """
+        The fields that give one of the `speeds`.
+
+        Raises:
+            ValueError: for a speed that the model does not offer; it lists those that it does.
+        """
+        speeds = {1.0: {"hvt_pool": None}} | {float(known): fields for known, fields in (self.speeds or {}).items()}
+        if speed not in speeds:
+            known = ", ".join(f"{known:g}" for known in sorted(speeds))
+            raise ValueError(f"`speed={speed}` is not offered: choose one of {known}, or search for it.")
+        return dict(speeds[speed])
 
     def record_stages(self) -> None:
         """Writes into `stages` which stages the model has, so that a saved folder tells it."""
@@ -741,6 +776,20 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
             except ValueError as error:
                 raise ValueError(f"`hvt_pool_choices={choices}`: {error}") from None
         self._check_stages()
+        self._check_speeds()
+
+    def _check_speeds(self) -> None:
+        for speed, chosen in (self.speeds or {}).items():
+            if not isinstance(speed, int | float) or not 1 < speed < math.inf:
+                raise ValueError(f"`speeds` has {speed!r}, which must be a number above 1, such as 2.0.")
+            if "hvt_pool" not in chosen or chosen.keys() - {"hvt_pool", "merge_ratio"}:
+                raise ValueError(
+                    f"`speeds` has {speed}: {chosen}, which must have `hvt_pool`, and may have `merge_ratio`."
+                )
+            try:
+                self.with_schedule(**chosen)._check_schedule()
+            except ValueError as error:
+                raise ValueError(f"`speeds` has {speed}: {error}") from None
 
     def _check_stages(self) -> None:
         for block, recorded in (self.stages or {}).items():

@@ -572,6 +572,24 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
             ValueError: for a schedule that no model can be built with; nothing is changed then.
         """
         self.config.change_schedule(hvt_pool)
+        self.add_stages()
+
+    def set_speed(self, speed: float) -> None:
+        """
+        Pools from now on as one of `config.speeds` says, which a search has found. 1 means no pooling. The rest is as
+        for [`set_hvt_pool`].
+
+        Args:
+            speed (`float`): a key of `config.speeds`, or 1.
+
+        Raises:
+            ValueError: for a speed that the model does not offer; it lists those that it does.
+        """
+        self.config.change_schedule(**self.config.fields_of_speed(speed))
+        self.add_stages()
+
+    def add_stages(self) -> None:
+        """Builds the stages that a changed schedule needs."""
         like = self.base_model.embeddings.like
         # Ordinary parameters, whatever the mode in which this is called; frozen where an adapter has frozen the model.
         with torch.inference_mode(False):
