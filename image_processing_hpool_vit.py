@@ -312,8 +312,8 @@ def comparable(image: torch.Tensor) -> torch.Tensor:
 
 
 def rows_of(image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The image in bands of rows with a few million pixels each."""
-    return image.split(max(2**22 // image.shape[2], 1), dim=1)
+    """The image in bands of rows with about a million pixels each."""
+    return image.split(max(2**20 // image.shape[2], 1), dim=1)
 
 
 def on_white(image: torch.Tensor) -> torch.Tensor:

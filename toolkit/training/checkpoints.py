@@ -97,10 +97,15 @@ def write_checkpoint(folder: Path, *, is_main_process: bool, wait_for_everyone, 
         if not cannot_write(error):
             raise
         raise cannot_be_written(folder, folder.parent, error) from error
-    if is_main_process and keep:
-        earlier = [path for path in list_checkpoints(folder.parent) if step_of(path) < step_of(folder)]
-        for old in earlier[: max(len(earlier) - keep + 1, 0)]:
-            remove(old)
+    if is_main_process:
+        remove_earlier(folder, keep)
+
+
+def remove_earlier(folder: Path, keep: int | None):
+    """Removes the checkpoints before `folder` but for the last `keep - 1`; None or 0 keeps all."""
+    earlier = [path for path in list_checkpoints(folder.parent) if step_of(path) < step_of(folder)]
+    for old in earlier[: max(len(earlier) - keep + 1, 0)] if keep else []:
+        remove(old)
 
 
 @contextlib.contextmanager

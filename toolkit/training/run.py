@@ -22,7 +22,7 @@ from ..shared.console import StoppedError, needs
 from ..shared.files import written_whole
 from ..shared.images import DataError
 from .arguments import RECORD, Arguments, check_same_run, full_record, parse_arguments
-from .checkpoints import CheckpointError, check_finite_weights, write_checkpoint, write_results
+from .checkpoints import CheckpointError, check_finite_weights, remove_earlier, write_checkpoint, write_results
 from .evaluation import Evaluator
 from .model import Teacher, build_model, config_overrides
 from .optimization import RecipeLoss, WeightAverage, learning_rate_of
@@ -114,6 +114,8 @@ class TrainingRun:
         )
         if checkpoint is not None:
             print(f"resuming from {checkpoint}", flush=True)
+            # A run that was killed right after it wrote this one has not come to it.
+            remove_earlier(checkpoint, self.keep_checkpoints)
             self.records.read(checkpoint / BAD_IMAGES)
 
     def start_average(self, model: nn.Module, checkpoint: Path | None):

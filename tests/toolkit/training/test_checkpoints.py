@@ -80,6 +80,15 @@ def test_only_as_many_checkpoints_as_asked_for_remain(tmp_path):
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-5"]
 
 
+def test_a_run_that_was_killed_before_it_removed_old_checkpoints_removes_them_when_it_resumes(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path / f"checkpoint-{step}", {"a": b"1"}, keep=None)
+    remove_earlier(tmp_path / "checkpoint-3", keep=2)
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [2, 3, 4]
+    remove_earlier(tmp_path / "checkpoint-4", keep=None)
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [2, 3, 4]
+
+
 def test_files_of_a_killed_run_do_not_mix_with_the_new_ones(tmp_path):
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
