@@ -17,6 +17,8 @@ from hpool_vit.toolkit.training.checkpoints import (
     find_last_checkpoint,
     is_complete,
     list_checkpoints,
+    remove_earlier,
+    step_of,
     write_checkpoint,
     write_results,
 )
