@@ -24,6 +24,18 @@ from rivals import (
     join_first,
     merge_groups,
 )
+from rules import (
+    RULE,
+    VERSION_01,
+    Merging,
+    Rule,
+    find_roots,
+    group,
+    log_importance,
+    merge,
+    merge_sizes,
+    split_evenly,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,7 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
 
 def members(groups: torch.Tensor) -> set[frozenset[int]]:
     """The groups of one image, as sets of positions."""
-    return {frozenset((groups == group).nonzero().flatten().tolist()) for group in groups.unique()}
+    return {frozenset((groups == number).nonzero().flatten().tolist()) for number in groups.unique()}
 
 
 def bipartite(keys: torch.Tensor, sources: list[int], targets: list[int], num_merged: int) -> set[frozenset[int]]:
@@ -103,12 +115,12 @@ def test_tome_with_importance_weighs_by_the_class_tokens_attention_times_the_val
             query, keys = states.query[image, head, 0], states.key[image, head]
             scores = [sizes[image, j].item() * math.exp((query @ keys[j]).item() / 2) for j in range(9)]
             attention += torch.tensor(scores) / sum(scores) / 2
-        for group in range(6):
-            chosen = [j for j in range(9) if groups[image, j] == group]
+        for number in range(6):
+            chosen = [j for j in range(9) if groups[image, j] == number]
             weight = [attention[j] * states.value[image, :, j].norm() for j in chosen]
             mean = sum(w * hidden_states[image, j] for w, j in zip(weight, chosen, strict=True)) / sum(weight)
-            torch.testing.assert_close(merged[image, group], mean)
-            assert merged_sizes[image, group] == sizes[image, chosen].sum()
+            torch.testing.assert_close(merged[image, number], mean)
+            assert merged_sizes[image, number] == sizes[image, chosen].sum()
 
 
 def test_energy_is_the_mean_of_cosines_above_a_margin_and_of_a_soft_penalty_below():
@@ -205,3 +217,117 @@ def test_merging_in_every_block_ends_when_half_of_the_tokens_would_go(model, ima
             hidden_states, sizes = method(model, dict.fromkeys(range(4), 20)).run_block(index, hidden_states, sizes)
             assert hidden_states.shape[1] == 1 + left
             assert (sizes.sum(1) == 65).all() and (sizes[:, 0] == 1).all()
+
+
+VECTORS = 6
+
+
+def merge_one_by_one(tokens: torch.Tensor, weights: torch.Tensor, num_merged: int, rule: Rule) -> list[int]:
+    """The position of the token that each token of one image joins, in loops, as the rule says it in words."""
+    groups = {position: [position] for position in range(len(tokens))}
+
+    def centre(position: int) -> tuple[torch.Tensor, float]:
+        own = weights[groups[position]]
+        return (own[:, None] * tokens[groups[position]]).sum(0) / own.sum(), own.sum().item()
+
+    def loss(source: int, target: int) -> float:
+        (a, w_a), (b, w_b) = centre(source), centre(target)
+        return (a - b).square().sum().item() * (w_a * w_b / (w_a + w_b) if rule.ward else 1)
+
+    for number in split_evenly(num_merged, rule.num_rounds):
+        sources = [position for position in groups if position % 2]
+        targets = [position for position in groups if position % 2 == 0]
+        pairs = sorted(min((loss(source, target), source, target) for target in targets) for source in sources)
+        for _, source, target in pairs[:number]:
+            groups[target] = groups[target] + groups.pop(source)
+    return [next(root for root in groups if position in groups[root]) for position in range(len(tokens))]
+
+
+RULES = [
+    VERSION_01,
+    RULE,
+    RULE._replace(num_rounds=1),
+    RULE._replace(num_rounds=3, ward=False),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("num_tokens", "num_merged"), [(16, 8), (17, 8), (17, 5), (16, 3), (2, 1)])
+def test_the_rule_merges_what_loops_over_its_definition_merge(rule, num_tokens, num_merged):
+    tokens, weights = torch.randn(3, num_tokens, VECTORS), torch.rand(3, num_tokens) + 0.1
+    roots = find_roots(tokens, weights, num_merged, rule)
+    for image in range(3):
+        expected = merge_one_by_one(tokens[image].double(), weights[image].double(), num_merged, rule)
+        assert roots[image].tolist() == expected
+
+
+def test_a_merged_token_is_the_weighted_mean_of_its_members_and_as_long_as_they_are_on_average():
+    tokens, weights = torch.randn(1, 5, VECTORS).double(), torch.tensor([[1.0, 2.0, 0.5, 3.0, 4.0]]).double()
+    groups = group(torch.tensor([[0, 3, 0, 3, 3]]), 3)
+    assert groups.staying.tolist() == [[0, 3]] and groups.moving.tolist() == [[1, 2, 4]]
+    plain, stretched = merge(tokens, weights, groups), merge(tokens, weights, groups, keeps_norm=True)
+    for number, members_ in enumerate(([0, 2], [1, 3, 4])):
+        share = weights[0, members_] / weights[0, members_].sum()
+        torch.testing.assert_close(plain[0, number], share @ tokens[0, members_])
+        torch.testing.assert_close(stretched[0, number].norm(), share @ tokens[0, members_].norm(dim=-1))
+        assert cosine(plain[0, number], stretched[0, number]) == pytest.approx(1)
+    assert merge_sizes(torch.tensor([[1.0, 2, 1, 3, 1]]), groups).tolist() == [[2, 6]]
+
+
+def test_a_token_that_nothing_joins_stays_exactly_as_it_is():
+    tokens = torch.randn(2, 8, VECTORS)
+    groups = group(find_roots(tokens, torch.ones(2, 8), 1, RULE), 1)
+    merged = merge(tokens, torch.ones(2, 8), groups, keeps_norm=True)
+    for image in range(2):
+        alone = groups.joins[image].sum(-1) == 0
+        torch.testing.assert_close(merged[image, alone], tokens[image, groups.staying[image, alone]])
+
+
+def test_importance_is_the_geometric_mean_over_the_heads_of_the_class_tokens_attention(model, images):
+    network = Method(model)
+    with torch.inference_mode():
+        hidden_states = network.embed(images, 2)
+        states = network.attend(2, hidden_states, None)
+        attention = class_attention(states.query, states.key, None)[:, :, 1:]
+        expected = attention.log().mean(1)
+        found = log_importance(model.hpool_vit.layers[2], hidden_states)
+    # A constant per image is free.
+    torch.testing.assert_close(found - found.mean(1, keepdim=True), expected - expected.mean(1, keepdim=True))
+
+
+def test_without_its_ingredients_the_rule_is_that_of_version_01(images):
+    ratios = [20 / 64, 15 / 44]
+    options = {"use_class_token": True, "ln_order": "pre", "hvt_pool": None}
+    merging = options | {"pool_mode": "merge", "proportional_attention": True, "hvt_pool": [1, 3]}
+    model, expected = tiny_model(**options), tiny_model(**merging, merge_ratio=ratios)
+    expected.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(Merging(model, {1: 20, 3: 15}, VERSION_01)(images), expected(images).logits)
+
+
+def test_sizes_count_patches_whatever_the_importance(model, images):
+    method = Merging(model, {1: 20, 3: 22})
+    with torch.inference_mode():
+        hidden_states, sizes = method.before_block(1, method.embed(images), None)
+        hidden_states, sizes = method.before_block(3, hidden_states, sizes)
+    assert hidden_states.shape == (3, 1 + 22, 32) and sizes.shape == (3, 1 + 22)
+    assert (sizes.sum(1) == 65).all() and (sizes == sizes.round()).all()
+
+
+def test_the_rule_exports_without_scattering_floats_and_answers_alike(model, images, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    method, path = Merging(model, {1: 20, 3: 15}).eval(), tmp_path / "model.onnx"
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.onnx.export(
+        method, (images,), dynamo=True, verbose=False, dynamic_shapes=({0: batch},), optimize=True
+    )
+    program.save(path)
+    session = onnxruntime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    for batch in (images, torch.randn(5, 3, 32, 32)):
+        with torch.inference_mode():
+            expected = method(batch)
+        torch.testing.assert_close(
+            torch.tensor(session.run(None, {name: batch.numpy()})[0]), expected, atol=1e-4, rtol=1e-4
+        )

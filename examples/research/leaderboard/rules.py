@@ -1,11 +1,12 @@
 """
 Merging in few stages, as the leaderboard's winner does it: the reference implementation of the rule.
 
-A stage stands at the input of a block. The tokens at even positions are targets, those at odd positions are sources, and
-`num_merged` of the sources join a target each. All shapes are static, everything works on whole batches, equal input
-gives equal output on every device, and no floating-point number is scattered.
+A stage stands at the input of a block. In each round, the tokens at odd positions that are best matched by one at
+an even position join it. All shapes are static, everything works on whole batches, equal
+input gives equal output on every device, and no floating-point number is scattered.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ class Rule(NamedTuple):
     The ingredients of the rule. `VERSION_01` has none of them.
 
     Attributes:
-        ward: pairs are matched and ranked by what their merge loses, w_a w_b / (w_a + w_b) · |a - b|², not by |a - b|².
-        num_rounds: the tokens merge in so many rounds; the next round sees the means of the last.
+        ward: pairs are matched and ranked by what their merge loses, w_a w_b / (w_a + w_b) |a - b|², not by |a - b|².
+        num_rounds: the tokens merge in so many rounds; each round sees the means of the ones before.
         distance_power: the weight of a token in the distance is its patches times its importance to this power.
         mean_power: its weight in the mean is its patches times its importance to this power.
         keeps_norm: a merged token is as long as its members are on average.
@@ -59,97 +60,142 @@ def log_importance(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tenso
     return (normed[:, 1:] @ query.transpose(1, 2)).squeeze(-1)
 
 
-class Joins(NamedTuple):
+def rows(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The tokens at (batch, number) positions."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+class Targets(NamedTuple):
     """
-    Who joins whom among the patch tokens of a stage.
+    The tokens at even positions, while those at odd ones join them.
 
     Attributes:
-        joined: (batch, targets, sources), whether a source joins a target.
-        staying: (batch, staying sources, sources), whether a source is the first, second, … that stays.
+        centres: (batch, targets, width), the weighted mean of what each stands for so far.
+        weights: (batch, targets), of the centres.
+        products: (batch, sources, targets), of all sources with the centres.
     """
 
-    joined: torch.Tensor
-    staying: torch.Tensor
+    centres: torch.Tensor
+    weights: torch.Tensor
+    products: torch.Tensor
 
 
 @torch.no_grad()
-def find_joins(tokens: torch.Tensor, weights: torch.Tensor, num_merged: int, rule: Rule) -> Joins:
+def find_roots(tokens: torch.Tensor, weights: torch.Tensor, num_merged: int, rule: Rule) -> torch.Tensor:
     """
+    The position of the token that each token joins, its own if it stays: (batch, tokens).
+
     Args:
         tokens: (batch, tokens, width), what is compared.
         weights: (batch, tokens), how much a token counts when a merge moves it.
-        num_merged: how many sources join a target, at most half of the tokens.
+        num_merged: how many tokens at odd positions join one at an even position, at most `tokens // 2`.
     """
     # Distances do not change when the mean is subtracted, and small numbers keep them precise.
     tokens = tokens.float()
     tokens = tokens - tokens.mean(1, keepdim=True)
-    targets, sources = tokens[:, ::2], tokens[:, 1::2]
-    target_weights, source_weights = weights[:, ::2], weights[:, 1::2]
-    source_squares = sources.square().sum(-1, keepdim=True)
-    products = sources @ targets.transpose(1, 2)
-    number_of_target = torch.arange(targets.shape[1], device=tokens.device)
-    match = torch.zeros(sources.shape[:2], dtype=torch.long, device=tokens.device)
-    stays = torch.ones_like(match, dtype=torch.bool)
+    sources, source_weights = tokens[:, 1::2], weights[:, 1::2]
+    targets = Targets(tokens[:, ::2], weights[:, ::2], sources @ tokens[:, ::2].transpose(1, 2))
+    squares = sources.square().sum(-1)
+    stays = torch.ones_like(squares, dtype=torch.bool)
+    roots = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
     for number in split_evenly(num_merged, rule.num_rounds):
-        # (batch, sources, targets)
-        losses = source_squares + targets.square().sum(-1).unsqueeze(1) - 2 * products
+        # Squared distances: (batch, sources, targets)
+        losses = squares.unsqueeze(2) + targets.centres.square().sum(-1).unsqueeze(1) - 2 * targets.products
         if rule.ward:
-            losses = losses / (1 / source_weights.unsqueeze(2) + 1 / target_weights.unsqueeze(1))
+            losses = losses / (1 / source_weights.unsqueeze(2) + 1 / targets.weights.unsqueeze(1))
         loss, nearest = losses.min(-1)
         joining = loss.masked_fill(~stays, torch.inf).topk(number, largest=False).indices
+        joined = nearest.gather(1, joining)
         stays = stays.scatter(1, joining, False)
-        joined_target = nearest.gather(1, joining)
-        match = match.scatter(1, joining, joined_target)
-        # The targets become the means of their groups. Products are linear, so theirs with the sources follow.
-        moved = sources.gather(1, joining.unsqueeze(-1).expand(-1, -1, sources.shape[-1]))
-        shares = (joined_target.unsqueeze(1) == number_of_target.unsqueeze(-1)) * source_weights.gather(
-            1, joining
-        ).unsqueeze(1)
-        total = target_weights + shares.sum(-1)
-        shares, kept = shares / total.unsqueeze(-1), (target_weights / total).unsqueeze(-1)
-        targets = kept * targets + shares @ moved
-        products = kept.transpose(1, 2) * products + (sources @ moved.transpose(1, 2)) @ shares.transpose(1, 2)
-        target_weights = total
-    joined = (match.unsqueeze(1) == number_of_target.unsqueeze(-1)) & ~stays.unsqueeze(1)
-    order = torch.arange(sources.shape[1] - num_merged, device=tokens.device)
-    staying = (stays.cumsum(1).unsqueeze(1) - 1 == order.unsqueeze(-1)) & stays.unsqueeze(1)
-    return Joins(joined, staying)
+        roots = roots.scatter(1, 2 * joining + 1, 2 * joined)
+        targets = move_targets(targets, sources, rows(sources, joining), source_weights.gather(1, joining), joined)
+    return roots
+
+
+def move_targets(
+    targets: Targets, sources: torch.Tensor, joining: torch.Tensor, weights: torch.Tensor, joined: torch.Tensor
+) -> Targets:
+    """
+    The targets after a round. Their products with the sources follow from the old ones, because they are linear.
+
+    Args:
+        targets: before the round.
+        sources: (batch, sources, width), all of them.
+        joining: (batch, number, width), those that join.
+        weights: (batch, number), theirs.
+        joined: (batch, number), the target that each joins.
+    """
+    numbers = torch.arange(targets.weights.shape[1], device=joined.device)
+    shares = (joined.unsqueeze(1) == numbers.unsqueeze(-1)) * weights.unsqueeze(1)  # (batch, targets, number)
+    total = targets.weights + shares.sum(-1)
+    shares, kept = shares / total.unsqueeze(-1), targets.weights / total
+    products = (sources @ joining.transpose(1, 2)) @ shares.transpose(1, 2)
+    return Targets(
+        kept.unsqueeze(-1) * targets.centres + shares @ joining, total, kept.unsqueeze(1) * targets.products + products
+    )
 
 
 def split_evenly(number: int, num_parts: int) -> list[int]:
     """`number` in at most `num_parts` parts that differ by at most 1, without empty ones."""
     cuts = [number * part // num_parts for part in range(num_parts + 1)]
-    return [after - before for before, after in zip(cuts, cuts[1:], strict=False) if after > before]
+    return [after - before for before, after in pairwise(cuts) if after > before]
 
 
-def merge(tokens: torch.Tensor, weights: torch.Tensor, joins: Joins, keeps_norm: bool) -> torch.Tensor:
+class Groups(NamedTuple):
     """
-    The tokens after merging: (batch, targets + staying sources, width), the targets first.
+    Which tokens stay and which join them.
+
+    Attributes:
+        staying: (batch, groups), the positions of the tokens that stay, rising.
+        moving: (batch, number of merged tokens), the positions of those that join another.
+        joins: (batch, groups, number of merged tokens), whether a token joins a group.
+    """
+
+    staying: torch.Tensor
+    moving: torch.Tensor
+    joins: torch.Tensor
+
+
+def group(roots: torch.Tensor, num_merged: int) -> Groups:
+    """The groups of the tokens that `find_roots` sends to `roots`."""
+    num_tokens = roots.shape[1]
+    positions = torch.arange(num_tokens, device=roots.device)
+    # Those that stay first, each in order. ONNX knows no stable sort, so no two keys are equal.
+    keys = torch.where(roots == positions, positions, positions + num_tokens)
+    order = keys.topk(num_tokens, largest=False).indices
+    staying, moving = order.split([num_tokens - num_merged, num_merged], dim=1)
+    return Groups(staying, moving, roots.gather(1, moving).unsqueeze(1) == staying.unsqueeze(-1))
+
+
+def merge(tokens: torch.Tensor, weights: torch.Tensor, groups: Groups, keeps_norm: bool = False) -> torch.Tensor:
+    """
+    The mean of each group, (batch, groups, width), in the order of the tokens that stay.
 
     Args:
         tokens: (batch, tokens, width).
-        weights: (batch, tokens), of the means.
+        weights: (batch, tokens), of the mean.
+        groups: as `group` returns them.
         keeps_norm: whether a mean is stretched to the mean length of its members.
     """
-    targets, sources = tokens[:, ::2], tokens[:, 1::2]
-    shares = joins.joined * weights[:, None, 1::2]
-    total = weights[:, ::2] + shares.sum(-1)
-    shares, kept = shares / total.unsqueeze(-1), (weights[:, ::2] / total).unsqueeze(-1)
+    shares = groups.joins * weights.gather(1, groups.moving).unsqueeze(1)
+    kept = weights.gather(1, groups.staying)
+    total = kept + shares.sum(-1)
+    shares, kept = shares / total.unsqueeze(-1), (kept / total).unsqueeze(-1)
 
-    def mean(of_targets: torch.Tensor, of_sources: torch.Tensor) -> torch.Tensor:
-        return kept * of_targets + shares @ of_sources
+    def mean(tokens: torch.Tensor) -> torch.Tensor:
+        return kept * rows(tokens, groups.staying) + shares @ rows(tokens, groups.moving)
 
-    merged = mean(targets, sources)
+    merged = mean(tokens)
     if keeps_norm:
-        lengths = mean(targets.norm(dim=-1, keepdim=True), sources.norm(dim=-1, keepdim=True))
+        lengths = mean(tokens.norm(dim=-1, keepdim=True))
         merged = merged * (lengths / merged.norm(dim=-1, keepdim=True).clamp_min(1e-12))
-    return torch.cat((merged, joins.staying.to(tokens.dtype) @ sources), dim=1)
+    return merged
 
 
-def merge_sizes(sizes: torch.Tensor, joins: Joins) -> torch.Tensor:
-    """The patches of each token after merging, in the order of `merge`."""
-    targets, sources = sizes[:, ::2], sizes[:, 1::2].unsqueeze(1)
-    return torch.cat((targets + (joins.joined * sources).sum(-1), (joins.staying * sources).sum(-1)), dim=1)
+def merge_sizes(sizes: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """The patches of each group."""
+    joining = groups.joins * sizes.gather(1, groups.moving).unsqueeze(1)
+    return sizes.gather(1, groups.staying) + joining.sum(-1)
 
 
 class Merging(Method):
@@ -177,7 +223,8 @@ class Merging(Method):
         if rule.needs_importance:
             score = log_importance(self.layers[index], hidden_states)
             score = score - score.amax(1, keepdim=True)
-        joins = find_joins(tokens, sizes * (rule.distance_power * score).exp(), num_merged, rule)
-        tokens = merge(tokens, sizes * (rule.mean_power * score).exp(), joins, rule.keeps_norm)
-        sizes = nn.functional.pad(merge_sizes(sizes, joins), (1, 0), value=1.0)
+        roots = find_roots(tokens, sizes * (rule.distance_power * score).exp(), num_merged, rule)
+        groups = group(roots, num_merged)
+        tokens = merge(tokens, sizes * (rule.mean_power * score).exp(), groups, rule.keeps_norm)
+        sizes = nn.functional.pad(merge_sizes(sizes, groups), (1, 0), value=1.0)
         return torch.cat((class_token, tokens), dim=1), sizes

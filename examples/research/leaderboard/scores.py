@@ -1,5 +1,6 @@
 """What is measured of a method, and how sure it is."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def interpolate(macs: float, curve: list[tuple[float, Answers]]) -> Answers | No
     more than a setting in between would have. None outside the settings.
     """
     curve = sorted(curve, key=lambda point: point[0])
-    for (fewer, low), (more, high) in zip(curve, curve[1:], strict=False):
+    for (fewer, low), (more, high) in pairwise(curve):
         if fewer <= macs <= more:
             share = (macs - fewer) / (more - fewer)
             return Answers(*(a + share * (b - a) for a, b in zip(low, high, strict=True)))
