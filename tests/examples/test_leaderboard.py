@@ -1,11 +1,14 @@
 """The leaderboard: its rivals and its rule against loops over their definitions, and what it publishes."""
 
+import copy
 import math
 import sys
 
 import pytest
 import torch
 from helpers import EXAMPLES, tiny_model
+
+from hpool_vit.toolkit.shared.measuring import count_macs
 
 
 sys.path.insert(0, str(EXAMPLES / "research" / "leaderboard"))
@@ -312,6 +315,26 @@ def test_sizes_count_patches_whatever_the_importance(model, images):
         hidden_states, sizes = method.before_block(3, hidden_states, sizes)
     assert hidden_states.shape == (3, 1 + 22, 32) and sizes.shape == (3, 1 + 22)
     assert (sizes.sum(1) == 65).all() and (sizes == sizes.round()).all()
+
+
+def test_a_last_block_for_the_class_token_alone_changes_no_answer(model, images):
+    short = Merging(model, {1: 20, 3: 15}, RULE._replace(class_token_only=True))
+    image = images[:1]
+    with torch.inference_mode():
+        torch.testing.assert_close(short(images), Merging(model, {1: 20, 3: 15})(images))
+    assert count_macs(short, image) < count_macs(Merging(model, {1: 20, 3: 15}), image)
+
+
+def test_a_class_token_that_looks_at_one_patch_alone_leaves_no_weight_at_zero(model, images):
+    method = Merging(model, {1: 20})
+    hidden_states = method.embed(images)
+    hidden_states[:, 1] *= 1e4
+    strong = copy.deepcopy(model.hpool_vit.layers[1].attention.k_proj.weight)
+    with torch.inference_mode():
+        model.hpool_vit.layers[1].attention.k_proj.weight.mul_(1000)
+        merged, _ = method.before_block(1, hidden_states, None)
+        model.hpool_vit.layers[1].attention.k_proj.weight.copy_(strong)
+    assert merged.isfinite().all()
 
 
 def test_the_rule_exports_without_scattering_floats_and_answers_alike(model, images, tmp_path):

@@ -63,14 +63,20 @@ class Method(nn.Module):
         hidden_states = hidden_states + self.attend(index, hidden_states, sizes).branch
         return hidden_states + self.feed_forward(layer, hidden_states), sizes
 
-    def attend(self, index: int, hidden_states: torch.Tensor, sizes: torch.Tensor | None) -> Attended:
-        """Attention of a block, proportional to `sizes` (batch, tokens)."""
+    def attend(
+        self, index: int, hidden_states: torch.Tensor, sizes: torch.Tensor | None, num_queries: int | None = None
+    ) -> Attended:
+        """Attention of a block, proportional to `sizes` (batch, tokens), for the first `num_queries` tokens or all."""
         layer = self.layers[index]
         attention, normed = layer.attention, layer.layernorm_before(hidden_states)
         # (batch, heads, tokens, head_dim)
         query, key, value = (
-            projection(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            projection(states).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+            for projection, states in (
+                (attention.q_proj, normed[:, :num_queries]),
+                (attention.k_proj, normed),
+                (attention.v_proj, normed),
+            )
         )
         mask = None if sizes is None else sizes.log()[:, None, None]
         output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -24,6 +24,8 @@ class Rule(NamedTuple):
         distance_power: the weight of a token in the distance is its patches times its importance to this power.
         mean_power: its weight in the mean is its patches times its importance to this power.
         keeps_norm: a merged token is as long as its members are on average.
+        class_token_only: the last block computes the class token alone, which is all that the classifier reads. This
+            changes no answer.
     """
 
     ward: bool = True
@@ -31,6 +33,7 @@ class Rule(NamedTuple):
     distance_power: float = 0.5
     mean_power: float = 1.0
     keeps_norm: bool = True
+    class_token_only: bool = False
 
     @property
     def needs_importance(self) -> bool:
@@ -222,9 +225,16 @@ class Merging(Method):
         score = torch.zeros_like(sizes)
         if rule.needs_importance:
             score = log_importance(self.layers[index], hidden_states)
-            score = score - score.amax(1, keepdim=True)
+            # No weight is 0, however little a token counts.
+            score = (score - score.amax(1, keepdim=True)).clamp_min(-30)
         roots = find_roots(tokens, sizes * (rule.distance_power * score).exp(), num_merged, rule)
         groups = group(roots, num_merged)
         tokens = merge(tokens, sizes * (rule.mean_power * score).exp(), groups, rule.keeps_norm)
         sizes = nn.functional.pad(merge_sizes(sizes, groups), (1, 0), value=1.0)
         return torch.cat((class_token, tokens), dim=1), sizes
+
+    def run_block(self, index, hidden_states, sizes):
+        if not self.rule.class_token_only or index + 1 < len(self.layers):
+            return super().run_block(index, hidden_states, sizes)
+        class_token = hidden_states[:, :1] + self.attend(index, hidden_states, sizes, num_queries=1).branch
+        return class_token + self.feed_forward(self.layers[index], class_token), None
