@@ -38,6 +38,7 @@ _MODULES = {
     "read_source": "conversion.sources",
     "recipe_arguments": "training.recipes",
     "serve": "demo.app",
+    "speed_up": "speed.speed_up",
     "trace_images": "inspection.visualize",
     "trace_pooling": "inspection.trace",
     "train_transform": "training.recipes",

@@ -1,0 +1,195 @@
+"""What a search works on: a model without pooling that can merge, and images, of which some are held back."""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
+from hpool_vit import HPoolViTConfig
+from hpool_vit.configuration_hpool_vit import POOL_MODES
+
+from ..conversion.checkpoint import ConversionError
+from ..conversion.convert import convert
+from ..conversion.sources import is_checkpoint_file
+from ..conversion.vit import POOLING_DEFAULTS
+from ..shared.console import hub_id, schedule_name
+from ..shared.folders import counted, escaped, list_images
+from ..shared.images import BadImageError, BadImages, decode_image, read_image
+from ..shared.saved_model import SavedModelError, check_weights, load_saved_model
+
+
+# Half of them for the search and half for the report.
+FEWEST_IMAGES, ENOUGH_IMAGES = 16, 256
+# How tokens merge in a model that did not say so before.
+MERGING = {"pool_mode": "merge"} | {
+    name: value for name, value in POOLING_DEFAULTS["merge"].items() if name not in ("hvt_pool", "merge_ratio")
+}
+
+
+def load_model(name: str) -> tuple[nn.Module, Any, list[str]]:
+    """
+    A model that does not pool and can merge, in evaluation mode and float32, its image processor, and notes.
+
+    Args:
+        name: the folder or Hub id of an HPool-ViT, or whatever [`convert`] reads.
+
+    Raises:
+        ValueError: if it cannot be loaded, or was trained with another pooling, so that without it there is nothing to
+            compare with.
+    """
+    if is_hpool_vit(name):
+        model, image_processor, notes = load_hpool_vit(name)
+    else:
+        try:
+            model, image_processor, report = convert(name, hvt_pool=None, pool_mode="merge")
+        except ConversionError as error:
+            raise ConversionError(f"{name} cannot be sped up: {error}") from error
+        notes = report.notes
+        check_answers(name, model)
+    return model.float().eval(), image_processor, notes
+
+
+def is_hpool_vit(name: str) -> bool:
+    if is_checkpoint_file(name):
+        return False
+    folder = Path(name)
+    if folder.is_dir() or hub_id(name) is None:
+        file = folder / "config.json"
+    else:
+        file = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None or not Path(file).is_file():
+        return False
+    return PreTrainedConfig.get_config_dict(str(file))[0].get("model_type") == HPoolViTConfig.model_type
+
+
+def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:
+    config = HPoolViTConfig.from_pretrained(name)
+    pools = POOL_MODES[config.pool_mode].has_positions and config.hvt_pool
+    if pools:
+        raise SavedModelError(
+            f"{name} was trained with {config.pool_mode} pooling at blocks {schedule_name(config.hvt_pool)}, and a "
+            "search compares with the model without pooling: give it the ViT that you converted, or a model that "
+            "merges."
+        )
+    overrides = MERGING if config.pool_mode != "merge" else {}
+    model, image_processor, notes, new = load_saved_model(name, **overrides)
+    if new and all(weight.startswith("classifier.") for weight in new):
+        # Saved without a head.
+        model, image_processor, notes, new = load_saved_model(name, num_labels=0, **overrides)
+    if model.config.num_labels:
+        check_weights(name, model, new)
+    elif new:
+        raise SavedModelError(f"{name} has no weights for {new[0]}: it is incomplete.")
+    model.config.change_schedule(None)
+    model.config.hvt_pool_choices = model.config.speeds = None
+    return model, image_processor, notes
+
+
+def check_answers(name: str, model: nn.Module) -> None:
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise SavedModelError(f"{name} is damaged: the weights {key} are not finite.")
+
+
+@dataclass
+class Photos:
+    """
+    The images of a folder as the model takes them.
+
+    Attributes:
+        folder: the folder.
+        files: the images that are used, in the order of `pixel_values`.
+        pixel_values: (images, channels, height, width).
+        num_found: how many image files the folder has.
+        bad_images: those that could not be read.
+        notes: what else was left out.
+    """
+
+    folder: str
+    files: list[str]
+    pixel_values: torch.Tensor
+    num_found: int
+    bad_images: BadImages
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_searched(self) -> int:
+        """The first images are for the search; the others are held back for the report."""
+        return (len(self.files) + 1) // 2
+
+
+def load_photos(folder: str | Path, image_processor: Any, num_images: int, seed: int = 0) -> Photos:
+    """
+    Reads images of a folder, at any depth and in random order, until there are enough.
+
+    Args:
+        folder: the folder.
+        image_processor: the model's.
+        num_images: how many images to use.
+        seed: what decides which ones.
+
+    Raises:
+        ValueError: if the folder does not exist or has too few images.
+    """
+    if num_images < FEWEST_IMAGES:
+        raise ValueError(f"`num_images={num_images}` must be at least {FEWEST_IMAGES}.")
+    if not Path(folder).is_dir():
+        raise ValueError(f"`images={folder}` is not a folder.")
+    listing = list_images(folder)
+    # Sorted by their names, so that a folder gives the same images wherever it lies.
+    order = sorted(listing.files)
+    random.Random(seed).shuffle(order)
+    files, pixel_values, bad_images = [], [], BadImages()
+    for file in order:
+        if len(files) == num_images:
+            break
+        try:
+            image, _ = decode_image(read_image({"bytes": None, "path": file}))
+        except BadImageError as error:
+            bad_images.add([{"name": escaped(file), "kind": "skipped", "reason": str(error)}])
+            continue
+        files.append(file)
+        pixel_values.append(image_processor(image, return_tensors="pt").pixel_values)
+    if len(files) < FEWEST_IMAGES:
+        raise ValueError(too_few(folder, files, bad_images))
+    return Photos(
+        str(folder), files, torch.cat(pixel_values), len(order), bad_images, notes_on(folder, files, listing.notes())
+    )
+
+
+def too_few(folder: str | Path, files: list[str], bad_images: BadImages) -> str:
+    message = f"`images={folder}` has {counted(len(files), 'image')} that can be read"
+    if skipped := bad_images.of_kind("skipped"):
+        first = skipped[0]
+        message += f" and {len(skipped)} that cannot (the first is {first['name']}: {first['reason']})"
+    return f"{message}: at least {FEWEST_IMAGES} are needed, and {ENOUGH_IMAGES} are better. They need no labels."
+
+
+def notes_on(folder: str | Path, files: list[str], notes: list[str]) -> list[str]:
+    if len(files) < ENOUGH_IMAGES // 4:
+        notes = [*notes, f"{len(files)} images are few: with {ENOUGH_IMAGES} you get better and surer results."]
+    return [f"note: {note}" for note in notes]
+
+
+def read_labels(files: list[str], folder: str, id2label: dict[int, str]) -> torch.Tensor | None:
+    """
+    The class of each image by the name of its sub-folder: a name of the model's class, one of several names separated
+    by commas, or its number. None unless every image has one.
+    """
+    known: dict[str, int] = {}
+    for index, label in id2label.items():
+        for name in (str(index), *str(label).split(","), str(label)):
+            known.setdefault(name.strip().casefold(), index)
+    labels = []
+    for file in files:
+        first, *rest = Path(file).relative_to(folder).parts
+        label = known.get(first.casefold()) if rest else None
+        if label is None:
+            return None
+        labels.append(label)
+    return torch.tensor(labels)

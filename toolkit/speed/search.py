@@ -1,0 +1,200 @@
+"""The search for the schedule that loses least within a limit of the cost, from coarse to fine."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from .evaluation import Evaluator
+from .schedules import Fitter, Parts, Schedule, moves, schedule_fields, seeds
+from .trials import Trial, TrialLog
+
+
+# Candidates that compete on few images before the best of them get more.
+GROUP = 12
+# Which share of all merged tokens a move shifts, from coarse to fine.
+SHARES = (0.3, 0.15, 0.07, 0.03)
+# A candidate gets more images if it is not worse than this times the best on the same images.
+TOLERANCE = 1.03
+
+
+class BudgetSpent(Exception):
+    """Raised in the middle of a search when its time or its trials are used up."""
+
+
+@dataclass
+class Budget:
+    """
+    What a search may use. What an earlier, killed search used counts as well, so that both together do what one would
+    have done.
+
+    Args:
+        seconds: the time; None: no limit.
+        trials: how many schedules to try; None: no limit.
+        on_progress: is called with the used share of the budget after each trial.
+    """
+
+    seconds: float | None = None
+    trials: int | None = None
+    on_progress: Callable[[float], None] = lambda share: None
+    used_seconds: float = 0.0
+    used_trials: int = 0
+    # The share that the search that is going on may use.
+    share: float = 1.0
+
+    @property
+    def used(self) -> float:
+        """The used share, which exceeds 1 by the last trial."""
+        shares = [self.used_seconds / self.seconds] if self.seconds is not None else []
+        shares += [self.used_trials / self.trials] if self.trials is not None else []
+        return max(shares, default=0.0)
+
+    def charge(self, trial: Trial) -> None:
+        self.used_seconds += trial.seconds
+        self.used_trials += trial.piece == 0
+        self.on_progress(min(self.used, 1.0))
+
+    def check(self) -> None:
+        if self.used >= self.share:
+            raise BudgetSpent
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The mean loss and agreement of a schedule on the first `num_images` images."""
+
+    schedule: Schedule
+    num_images: int
+    loss: float
+    agreement: float | None
+
+
+@dataclass
+class Search:
+    """
+    Tries schedules and keeps what it learned.
+
+    Args:
+        evaluator: compares schedules with no pooling, on the images for the search.
+        log: what was tried, also earlier.
+        budget: what may be used.
+        max_stages: at how many blocks a schedule merges, at most, where the limit allows it.
+        seed: decides the order in which neighbours are tried.
+    """
+
+    evaluator: Evaluator
+    log: TrialLog
+    budget: Budget
+    max_stages: int
+    seed: int = 0
+    used: set[tuple[Schedule, int]] = field(default_factory=set)
+
+    def __post_init__(self):
+        total = len(self.evaluator.pixel_values)
+        # A few images decide which candidates get more.
+        self.ends = sorted({min(max(total // 8, 8), total), min(max(total // 2, 8), total), total})
+        self.num_patches = self.evaluator.model.config.tokens_per_stage()[0]
+        self.num_blocks = self.evaluator.model.config.num_hidden_layers
+        self.clock = time.monotonic()
+
+    def find(self, fitter: Fitter, limit: float, starts: Iterable[Schedule] = ()) -> Schedule | None:
+        """
+        The schedule within `limit` that loses least on all images for the search.
+
+        Args:
+            fitter: fits schedules to the limit.
+            limit: the highest cost.
+            starts: schedules for another limit, which are fitted to this one.
+
+        Returns:
+            The schedule, or None if the limit cannot be reached.
+        """
+        if fitter.cost(fitter.cheapest) > limit:
+            return None
+        order = random.Random(self.seed)
+        started = [dict(schedule) for schedule in starts]
+        candidates = self.fitted(fitter, limit, [*started, *seeds(self.num_blocks, self.max_stages)])
+        # In case the budget is used up before anything was tried on all images.
+        best = candidates[0]
+        try:
+            best = self.choose(candidates, None)
+            for share in SHARES:
+                best = self.descend(fitter, limit, best, share, order)
+        except BudgetSpent:
+            # The best so far may not have met all images yet.
+            self.budget.share, share_before = math.inf, self.budget.share
+            self.try_out(best, len(self.ends) - 1)
+            self.budget.share = share_before
+        return self.best_within(fitter, limit) or best
+
+    def descend(self, fitter: Fitter, limit: float, best: Schedule, share: float, order: random.Random) -> Schedule:
+        """Moves to better neighbours until there are none."""
+        improved = True
+        while improved:
+            improved = False
+            neighbours = self.fitted(fitter, limit, moves(best, self.num_blocks, share, self.max_stages))
+            order.shuffle(neighbours)
+            for start in range(0, len(neighbours), GROUP):
+                chosen = self.choose(neighbours[start : start + GROUP], best)
+                if chosen != best:
+                    best, improved = chosen, True
+                    break
+        return best
+
+    def fitted(self, fitter: Fitter, limit: float, candidates: Iterable[Parts]) -> list[Schedule]:
+        """The candidates that can reach the limit, each once."""
+        schedules = (fitter.fit(parts, limit) for parts in candidates)
+        return list(dict.fromkeys(schedule for schedule in schedules if schedule is not None))
+
+    def choose(self, candidates: list[Schedule], best: Schedule | None) -> Schedule:
+        """The best of the candidates and `best`. Few images tell which candidates get more, a third each time."""
+        for level in range(len(self.ends)):
+            tried = {schedule: self.try_out(schedule, level).loss for schedule in candidates}
+            ranked = sorted(candidates, key=tried.__getitem__)
+            last = level == len(self.ends) - 1
+            if best is not None:
+                bar = self.try_out(best, level).loss
+                ranked = [schedule for schedule in ranked if tried[schedule] < bar * (1 if last else TOLERANCE)]
+            candidates = ranked if last else ranked[: max(len(candidates) // 3, 1)]
+        return candidates[0] if candidates else best
+
+    def try_out(self, schedule: Schedule, level: int) -> Tried:
+        """The schedule on as many images as the level has."""
+        trials = [self.trial(schedule, piece) for piece in range(level + 1)]
+        return self.summed(schedule, trials)
+
+    def summed(self, schedule: Schedule, trials: list[Trial]) -> Tried:
+        num_images = self.ends[len(trials) - 1]
+        agrees = None if trials[0].agrees is None else sum(trial.agrees for trial in trials) / num_images
+        return Tried(schedule, num_images, sum(trial.loss for trial in trials) / num_images, agrees)
+
+    def trial(self, schedule: Schedule, piece: int) -> Trial:
+        """The trial of a piece of the images: those that one level has more than the level before."""
+        key = (schedule, piece)
+        if key in self.used:
+            return self.log.trials[key]
+        self.budget.check()
+        if key not in self.log.trials:
+            start, end = (0, *self.ends)[piece : piece + 2]
+            differences = self.evaluator.evaluate(schedule_fields(schedule, self.num_patches), start, end)
+            agrees = None if differences.agrees is None else int(differences.agrees.sum())
+            now = time.monotonic()
+            self.log.add(Trial(schedule, piece, differences.losses.sum().item(), agrees, now - self.clock))
+        self.clock = time.monotonic()
+        self.used.add(key)
+        self.budget.charge(self.log.trials[key])
+        return self.log.trials[key]
+
+    def tried(self) -> list[Tried]:
+        """All that this search tried, with the images that it got."""
+        pieces: dict[Schedule, list[Trial]] = {}
+        for schedule, piece in sorted(self.used):
+            pieces.setdefault(schedule, []).append(self.log.trials[schedule, piece])
+        return [self.summed(schedule, trials) for schedule, trials in pieces.items()]
+
+    def best_within(self, fitter: Fitter, limit: float) -> Schedule | None:
+        """Of all that was tried on all images, what loses least within the limit."""
+        whole = [tried for tried in self.tried() if tried.num_images == self.ends[-1]]
+        allowed = [tried for tried in whole if fitter.cost(tried.schedule) <= limit]
+        return min(allowed, key=lambda tried: tried.loss).schedule if allowed else None
