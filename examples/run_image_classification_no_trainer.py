@@ -93,6 +93,7 @@ class Loop:
         self.accelerator.init_trackers("logs")
         if checkpoint is not None:
             self.accelerator.load_state(str(checkpoint))
+        run.compute_features(self.accelerator)
         run.start_average(run.model, checkpoint)
         run.speed.measure(self.progress.step)
         start, first_step = time.perf_counter(), self.progress.step

@@ -69,6 +69,18 @@ FREE_TO_CHANGE = {
     "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "log_level", "per_device_eval_batch_size",
     "push_to_hub", "hub_model_id", "max_bad_images", "local_rank", "project", "ddp_timeout",
 }  # fmt: skip
+# What has no effect on a frozen trunk, or needs a trunk that is trained.
+TRAINS_THE_TRUNK = {
+    "layer_decay": "it is a factor on the learning rates of the trunk",
+    "drop_path_rate": "the trunk drops no paths",
+    "drop_path_growth": "the trunk drops no paths",
+    "hvt_pool_choices": "each of the schedules is learnt by the trunk",
+    "teacher": "distillation trains the whole model",
+    "gradient_checkpointing": "the trunk gets no gradients",
+}
+# Values with which they do nothing, as texts: fields of the configuration are texts on the command line.
+NEUTRAL = {"layer_decay": ("1", "1.0")}
+USUALLY_NEUTRAL = ("None", "none", "False", "0", "0.0")
 RECORD = "training.yaml"
 
 GROUPS = (DataArguments, ModelArguments, RecipeArguments, TrainingArguments)
@@ -176,6 +188,7 @@ def parse_arguments(
     given = from_file | vars(namespace)
     record = {**DEFAULTS, **choose_recipe(given), **given}
     check_given(given)
+    check_frozen_trunk(record, given)
     data, model, recipe, training = parser.parse_dict(record)
     return Arguments(data, model, recipe, training, given, record, f"{prog} {shlex.join(argv)}")
 
@@ -232,6 +245,17 @@ def check_given(given: dict[str, Any]):
     for name in sorted(WITHOUT_EFFECT.keys() & given.keys()):
         if given[name] != DEFAULTS.get(name):
             raise ValueError(f"`{name}={given[name]!r}` has no effect, because {WITHOUT_EFFECT[name]}: leave it out.")
+
+
+def check_frozen_trunk(record: dict[str, Any], given: dict[str, Any]):
+    """Raises a `ValueError` for flags that contradict `freeze_trunk`."""
+    if not record.get("freeze_trunk"):
+        return
+    if not record.get("model_name_or_path"):
+        raise ValueError("`freeze_trunk=True` needs a trained model: set `model_name_or_path`.")
+    for name, reason in TRAINS_THE_TRUNK.items():
+        if name in given and str(given[name]) not in NEUTRAL.get(name, USUALLY_NEUTRAL):
+            raise ValueError(f"`{name}={given[name]!r}` contradicts `freeze_trunk=True`, because {reason}: drop one.")
 
 
 def full_record(args: Arguments) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
@@ -180,6 +181,29 @@ def is_hpool_vit(model_name_or_path: str) -> bool:
     if not isinstance(config, dict):
         raise ValueError(f"`model_name_or_path={str(path)!r}` has a config.json that is not a JSON object.")
     return config.get("model_type") == HPoolViTConfig.model_type
+
+
+def freeze_trunk(model: HPoolViTForImageClassification):
+    """
+    Leaves only the classifier to train. The trunk stays in evaluation mode and takes, instead of images, also its own
+    features, of shape (batch_size, pooled_size), which it returns as its pooled output.
+
+    Raises:
+        ValueError: if the model has no classifier.
+    """
+    if not model.num_labels:
+        raise ValueError("`freeze_trunk=True` trains the classifier, and the model has none (`num_labels=0`).")
+    trunk = model.hpool_vit.requires_grad_(False).eval()
+    compute = trunk.forward
+
+    def forward(pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        if pixel_values.ndim == 2:
+            return BaseModelOutputWithPooling(pooler_output=pixel_values)
+        return compute(pixel_values, **kwargs)
+
+    trunk.forward = forward
+    # `model.train()` calls this for each of its modules.
+    trunk.train = lambda mode=True: trunk
 
 
 class Teacher(nn.Module):

@@ -110,13 +110,13 @@ class WeightAverage:
     Exponential moving average of a model's weights, sharded as the weights are.
 
     Args:
-        model: the model to average; its parameters are the first average.
+        model: the model to average; those of its parameters that train are the first average.
         decay: the share of the average that each step keeps.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = model
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.update_averages = get_ema_multi_avg_fn(decay)
 

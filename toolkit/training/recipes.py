@@ -59,7 +59,24 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train_crop": "padded",
         "eval_crop_ratio": 1.0,
     },
+    # A classifier on trained features. Without augmentation, the features of each image are computed once.
+    "linear-probe": {
+        "num_train_epochs": 10,
+        "per_device_train_batch_size": 128,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "freeze_trunk": True,
+        "train_crop": "center",
+        "horizontal_flip": 0.0,
+    },
 }
+
+
+# Augmentations that change one image, and those that mix the images of a batch.
+IMAGE_CHANGES = (
+    "horizontal_flip", "affine_degrees", "affine_translate", "affine_scale", "rand_augment_ops", "random_erasing",
+)  # fmt: skip
+BATCH_CHANGES = ("mixup_alpha", "cutmix_alpha")
 
 
 def option(default: Any, text: str) -> Any:
@@ -78,8 +95,14 @@ class RecipeArguments:
         None, "Sets the learning rate to this value × images per step / 512. Replaces --learning_rate."
     )
     layer_decay: float = option(1.0, "Factor on the learning rate for each block below the head.")
+    freeze_trunk: bool = option(False, "Train only the classifier of --model_name_or_path: linear probing.")
+    cache_features: bool = option(
+        True, "With --freeze_trunk, compute the features of each image once, if no augmentation changes the images."
+    )
     train_crop: str = option(
-        "random_resized", "Crop of training images: random_resized, padded (shift by up to an eighth), none (resize)."
+        "random_resized",
+        "Crop of training images: random_resized, padded (shift by up to an eighth), none (resize), center (as "
+        "in evaluation, without augmentation).",
     )
     crop_min_scale: float = option(0.08, "Smallest share of the image that random_resized keeps.")
     horizontal_flip: float = option(0.5, "Probability of a horizontal flip.")
@@ -108,7 +131,7 @@ class RecipeArguments:
     _argument_group_name = "recipe (augmentation, loss and averaging)"
 
     def __post_init__(self):
-        self._check_choice("train_crop", ("random_resized", "padded", "none"))
+        self._check_choice("train_crop", ("random_resized", "padded", "none", "center"))
         self._check_choice("distillation", ("soft", "hard"))
         for name in ("horizontal_flip", "random_erasing", "distillation_weight"):
             self._check(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
@@ -119,6 +142,11 @@ class RecipeArguments:
         self._check("ema_decay", 0 <= self.ema_decay < 1, "must be at least 0 and below 1")
         self._check("repeated_augmentation", self.repeated_augmentation >= 1, "must be at least 1")
         self._check("distillation_temperature", self.distillation_temperature > 0, "must be above 0")
+        if self.train_crop == "center" and (names := set_of(self, IMAGE_CHANGES)):
+            raise ValueError(
+                f"`train_crop='center'` shows the images as in evaluation, which `{names[0]}` would change: set "
+                "it to 0, or choose `train_crop='none'`."
+            )
 
     def _check(self, name: str, is_right: bool, remedy: str):
         if not is_right:
@@ -126,6 +154,17 @@ class RecipeArguments:
 
     def _check_choice(self, name: str, choices: tuple[str, ...]):
         self._check(name, getattr(self, name) in choices, f"is unknown: choose {', '.join(choices)}")
+
+
+def set_of(recipe: RecipeArguments, names: tuple[str, ...]) -> list[str]:
+    """Those of the fields `names` that are not 0."""
+    return [name for name in names if getattr(recipe, name)]
+
+
+def augmentations(recipe: RecipeArguments) -> list[str]:
+    """The fields that make an image look different from one epoch to the next."""
+    crop = ["train_crop"] if recipe.train_crop in ("random_resized", "padded") else []
+    return crop + set_of(recipe, IMAGE_CHANGES + BATCH_CHANGES)
 
 
 def recipe_arguments(name: str) -> RecipeArguments:
@@ -176,6 +215,8 @@ def train_transform(recipe: RecipeArguments, image_processor: HPoolViTImageProce
             f"preprocessor_config.json has `size={dict(image_processor.size)}` without a center crop, so images have "
             'different sizes: set `do_center_crop` to true, or `size` to {"height": …, "width": …}.'
         )
+    if recipe.train_crop == "center":
+        return validation_transform(image_processor)
     interpolation = resampling_of(image_processor)
     if recipe.train_crop == "random_resized":
         steps = [v2.RandomResizedCrop(size, scale=(recipe.crop_min_scale, 1.0), interpolation=interpolation)]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.utils import logging
 
+from ..data.features import FeatureImages, make_feature_loader
 from ..data.loaders import BatchRecords, make_train_loader, make_validation_loader, set_epoch
 from ..data.sources import ImageData, load_image_data
 from ..shared.console import StoppedError, needs
@@ -24,9 +25,9 @@ from ..shared.images import DataError
 from .arguments import RECORD, Arguments, check_same_run, full_record, parse_arguments
 from .checkpoints import CheckpointError, check_finite_weights, remove_earlier, write_checkpoint, write_results
 from .evaluation import Evaluator
-from .model import Teacher, build_model, config_overrides
+from .model import Teacher, build_model, config_overrides, freeze_trunk
 from .optimization import RecipeLoss, WeightAverage, learning_rate_of
-from .recipes import batch_mixing, train_transform, validation_transform
+from .recipes import augmentations, batch_mixing, train_transform, validation_transform
 from .report import BAD_IMAGES, SpeedMeter
 from .schedules import ScheduleSampler
 
@@ -65,12 +66,19 @@ class TrainingRun:
         set_seed(training.seed)
         self.model, self.image_processor, notes = build_model(args.model, args.recipe, self.data.class_names)
         self.notes = [*self.data.notes, *notes]
+        if args.recipe.freeze_trunk:
+            freeze_trunk(self.model)
         self.teacher = None
         if args.recipe.teacher:
             self.teacher = Teacher(args.model, args.recipe, self.model, self.image_processor).to(training.device)
         self.train_loader, self.validation_loader = make_loaders(
             args, self.data, self.image_processor, self.model.num_labels
         )
+        if args.recipe.freeze_trunk and args.recipe.cache_features:
+            if reason := self.changes_every_epoch():
+                self.notes.append(f"the features are computed in every epoch, because of {reason}")
+            else:
+                self.train_loader = make_feature_loader(self.train_loader)
         self.loss = RecipeLoss(args.recipe, training.label_smoothing_factor)
         self.average: WeightAverage | None = None
         self.schedules = ScheduleSampler(
@@ -82,6 +90,24 @@ class TrainingRun:
         )
         self.speed = SpeedMeter(self.images_per_step, training.device)
         self.grown_epochs = 0
+
+    def changes_every_epoch(self) -> str:
+        """What keeps the images of one epoch from being those of the next: flags, or nothing."""
+        streaming = ["streaming"] if self.data.train.is_stream else []
+        return ", ".join(f"--{name}" for name in augmentations(self.args.recipe) + streaming)
+
+    def compute_features(self, accelerator: Accelerator):
+        """Computes the features of all training images, if the run trains on them. Every process calls this."""
+        images = self.train_loader.dataset
+        if isinstance(images, FeatureImages) and not images.features:
+            trunk = accelerator.unwrap_model(self.model, keep_torch_compile=False).hpool_vit
+
+            @torch.no_grad()
+            def features_of(pixel_values: torch.Tensor) -> torch.Tensor:
+                with accelerator.autocast():
+                    return trunk(pixel_values.to(accelerator.device)).pooler_output.cpu()
+
+            images.compute(features_of, self.records.take_names, self.args.training, is_quiet=self.is_quiet)
 
     @property
     def images_per_step(self) -> int:

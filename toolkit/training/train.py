@@ -58,6 +58,7 @@ class RecipeTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def get_train_dataloader(self):
+        self.run.compute_features(self.accelerator)
         return self.run.train_loader
 
     def get_eval_dataloader(self, eval_dataset=None):
