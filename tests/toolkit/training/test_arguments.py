@@ -78,7 +78,7 @@ def error_of(capsys, tmp_path, *flags, file=None) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--recipe", "deitt"], "`recipe='deitt'` is unknown: choose deit, finetune, tiny"),
+        (["--recipe", "deitt"], "`recipe='deitt'` is unknown: choose deit, finetune, tiny, linear-probe"),
         (["--num_train_epoch", "3"], "--num_train_epoch is not a flag: did you mean --num_train_epochs?"),
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
         (["--learning_rate", "1", "--base_learning_rate", "1"], "give only one"),

@@ -117,5 +117,5 @@ def test_a_named_recipe_sets_its_own_augmentation_and_leaves_the_rest():
         0.35,
         0,
     )
-    with pytest.raises(ValueError, match=r"`recipe='deitt'` is unknown: choose deit, finetune, tiny"):
+    with pytest.raises(ValueError, match=r"`recipe='deitt'` is unknown: choose deit, finetune, tiny, linear-probe"):
         recipe_arguments("deitt")
