@@ -1,6 +1,12 @@
 """HPool-ViT, the hierarchically pooled Vision Transformer, for Hugging Face Transformers."""
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 
 # Not from the top level, where Transformers 5.17 has a stand-in for it on machines without torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -10,6 +16,7 @@ from .image_processing_hpool_vit import HPoolViTImageProcessor, HPoolViTImagePro
 from .modeling_hpool_vit import (
     HPoolViTBackbone,
     HPoolViTForImageClassification,
+    HPoolViTForSemanticSegmentation,
     HPoolViTModel,
     HPoolViTPreTrainedModel,
 )
@@ -21,6 +28,7 @@ __version__ = "0.1.0"
 AutoConfig.register("hpool_vit", HPoolViTConfig, exist_ok=True)
 AutoModel.register(HPoolViTConfig, HPoolViTModel, exist_ok=True)
 AutoModelForImageClassification.register(HPoolViTConfig, HPoolViTForImageClassification, exist_ok=True)
+AutoModelForSemanticSegmentation.register(HPoolViTConfig, HPoolViTForSemanticSegmentation, exist_ok=True)
 AutoBackbone.register(HPoolViTConfig, HPoolViTBackbone, exist_ok=True)
 AutoImageProcessor.register(
     HPoolViTConfig,
@@ -32,6 +40,7 @@ __all__ = [
     "HPoolViTBackbone",
     "HPoolViTConfig",
     "HPoolViTForImageClassification",
+    "HPoolViTForSemanticSegmentation",
     "HPoolViTImageProcessor",
     "HPoolViTImageProcessorPil",
     "HPoolViTModel",

@@ -92,6 +92,35 @@ class HPoolViTImageProcessing(BaseImageProcessor):
         kwargs.setdefault("crop_size", {"height": height, "width": width})
         return cls(**kwargs)
 
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: list[tuple[int, int]] | None = None
+    ) -> list[torch.Tensor]:
+        """
+        The class of each pixel, from what a segmentation model returns.
+
+        Args:
+            outputs: with `logits` of shape `(batch_size, num_labels, rows, columns)`.
+            target_sizes (`list[tuple[int, int]]`, *optional*): (height, width) of each image, to which the logits are
+                resized; None: they keep their resolution.
+
+        Returns:
+            `list[torch.Tensor]`: for each image the indices of the classes, of shape `(height, width)`.
+
+        Raises:
+            ValueError: if there are not as many sizes as images.
+        """
+        logits = outputs.logits
+        if target_sizes is None:
+            return list(logits.argmax(dim=1))
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"`target_sizes` has {len(target_sizes)} sizes for {len(logits)} images: give one each.")
+        return [
+            torch.nn.functional.interpolate(
+                scores[None].float(), size=tuple(map(int, size)), mode="bilinear", align_corners=False
+            )[0].argmax(dim=0)
+            for scores, size in zip(logits, target_sizes, strict=True)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         if "auto_map" in output:

@@ -13,7 +13,12 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
@@ -621,7 +626,12 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         # Transformers lists only the class that is saved, but every Auto class must load the folder.
         self.config.auto_map = {
             cls._auto_class: f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
-            for cls in (HPoolViTModel, HPoolViTForImageClassification, HPoolViTBackbone)
+            for cls in (
+                HPoolViTModel,
+                HPoolViTForImageClassification,
+                HPoolViTBackbone,
+                HPoolViTForSemanticSegmentation,
+            )
         }
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         # Transformers copies the code of the model's own class, which may be a user's subclass.
@@ -791,6 +801,17 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
         )
 
 
+# Pixels with this label count neither in the loss nor in a metric, as everywhere in Transformers.
+IGNORED_LABEL = 255
+
+
+def resize_map(feature_map: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """A map of shape `(batch_size, channels, rows, columns)` at another resolution, bilinearly."""
+    if feature_map.shape[2:] == size:
+        return feature_map
+    return nn.functional.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)
+
+
 class HPoolViTChannelNorm(nn.LayerNorm):
     """A LayerNorm over the channels of feature maps of shape `(batch_size, channels, rows, columns)`."""
 
@@ -892,8 +913,69 @@ class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
         return BackboneOutput(feature_maps=tuple(feature_maps))  # type: ignore[arg-type]
 
 
+@auto_docstring(
+    custom_intro="""
+    HPool-ViT with a linear head for semantic segmentation: the backbone's feature maps side by side at the resolution
+    of the first, and a 1 × 1 convolution to the scores of the classes. The weights of a classifier's trunk load as
+    they are.
+    """
+)
+class HPoolViTForSemanticSegmentation(HPoolViTBackbone):
+    accepts_loss_kwargs = False  # the Trainer would count pixels that do not count
+
+    def __init__(self, config: HPoolViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        if not config.num_labels:
+            raise ValueError("`num_labels=0`: a segmentation model needs classes.")
+        self.dropout = nn.Dropout(config.dropout)
+        self.decode_head = nn.Conv2d(sum(self.channels), config.num_labels, 1)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+            Normalised images of any size.
+        labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
+            The class of each pixel, or 255 where a pixel does not count. Of any resolution: the scores are resized to
+            it.
+        interpolate_pos_encoding (`bool`, *optional*):
+            Whether to resize the position embeddings to the images; None: if they have another size than
+            `config.image_size`.
+        """
+        outputs = super().forward(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+        size = outputs.feature_maps[0].shape[2:]
+        feature_maps = torch.cat([resize_map(feature_map, size) for feature_map in outputs.feature_maps], dim=1)
+        # (batch_size, num_labels, rows, columns)
+        logits = self.decode_head(self.dropout(feature_maps))
+        loss = None
+        if labels is not None:
+            scores = resize_map(logits.float(), labels.shape[1:])
+            total = nn.functional.cross_entropy(scores, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+            # Of a batch in which no pixel counts, the mean would be NaN.
+            loss = total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+        return SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 HPoolViTModel.register_for_auto_class("AutoModel")
 HPoolViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 HPoolViTBackbone.register_for_auto_class("AutoBackbone")
+HPoolViTForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
-__all__ = ["HPoolViTBackbone", "HPoolViTForImageClassification", "HPoolViTModel", "HPoolViTPreTrainedModel"]
+__all__ = [
+    "HPoolViTBackbone",
+    "HPoolViTForImageClassification",
+    "HPoolViTForSemanticSegmentation",
+    "HPoolViTModel",
+    "HPoolViTPreTrainedModel",
+]

@@ -69,6 +69,7 @@ def test_the_folder_names_every_auto_class_whichever_model_was_saved(saved_folde
             "AutoConfig": "configuration_hpool_vit.HPoolViTConfig",
             "AutoModel": "modeling_hpool_vit.HPoolViTModel",
             "AutoModelForImageClassification": "modeling_hpool_vit.HPoolViTForImageClassification",
+            "AutoModelForSemanticSegmentation": "modeling_hpool_vit.HPoolViTForSemanticSegmentation",
         }
 
 
