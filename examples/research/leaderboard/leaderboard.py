@@ -5,7 +5,7 @@ Compare ways to make a trained Vision Transformer faster without training it, wi
     python examples/research/leaderboard/leaderboard.py ingredients --weights vit.safetensors --photos test.parquet
     python examples/research/leaderboard/leaderboard.py schedules --weights vit.safetensors --photos test.parquet
 
-`leaderboard` sets the rivals beside our rule, `ingredients` adds and leaves out one part of the rule after the other,
+`leaderboard` sets the rivals beside our rule, `ingredients` adds and leaves out the parts of the rule,
 `schedules` compares blocks and numbers of tokens. `--weights` is any ViT with 12 blocks and 196 patches that
 `hpool-vit convert` reads, with ImageNet's 1000 classes. `--photos` is a Parquet file with the columns `image` and
 `label`.
@@ -35,24 +35,24 @@ from hpool_vit.toolkit.shared.files import write_json
 from hpool_vit.toolkit.shared.measuring import count_macs, format_table, measure_speed
 
 
-OURS, BEFORE, UNPOOLED = "ours", "version 0.1", "unpooled"
+OURS, OURS_IN_FEW, BEFORE, UNPOOLED = "ours", "ours, four stages", "version 0.1", "unpooled"
 NUM_BLOCKS, NUM_PATCHES = 12, 196
 
-# Blocks and the number of tokens that merge at each. Chosen by `schedules` on the half for choosing.
-SCHEDULES: list[dict[int, int]] = []
-
-# Version 0.1's own schedules, from its published results.
-SCHEDULES_01 = [
+# Blocks and the number of tokens that merge at each. In four stages, as in version 0.1 …
+FEW_STAGES = [
     dict.fromkeys(blocks, number)
     for blocks, number in (
-        ([3, 5, 7, 9], 23),
-        ([3, 5, 7, 9], 33),
-        ([3, 5, 7, 9], 37),
-        ([3, 5, 7, 9], 42),
-        ([2, 4, 6, 8], 39),
-        ([1, 3, 5, 7], 37),
-        ([1, 3, 5, 7], 42),
+        ((3, 5, 7, 9), 23),
+        ((3, 5, 7, 9), 37),
+        ((2, 4, 6, 8), 39),
+        ((1, 3, 5, 7), 37),
+        ((1, 3, 5, 7), 42),
     )
+]
+# … and in seven or eight smaller ones, which the half for choosing prefers.
+MANY_STAGES = [
+    *(dict.fromkeys(range(3, 10), number) for number in (10, 16, 21)),
+    *(dict.fromkeys(range(1, 9), number) for number in (17, 20, 22, 23)),
 ]
 
 # DiffRate's published schedules for DeiT-Tiny, by GMACs: tokens left after pruning and after merging in each block.
@@ -79,22 +79,10 @@ DIFFRATE = {
     ),
 }
 
-NUMBERS_IN_EVERY_BLOCK = (5, 8, 10, 12, 14, 16, 18, 20)
-NUMBERS_OF_ATC = (28, 40, 48, 56, 60, 64)
+NUMBERS_IN_EVERY_BLOCK = (8, 12, 16, 18)
+NUMBERS_OF_ATC = (40, 56, 62)
 
-# What the table of ingredients leaves out of the rule, one at a time.
-WITHOUT = {
-    "the whole rule": RULE,
-    "importance": RULE._replace(distance_power=0.0, mean_power=0.0),
-    "importance in the distance": RULE._replace(distance_power=0.0),
-    "importance in the mean": RULE._replace(mean_power=0.0),
-    "the length of merged tokens": RULE._replace(keeps_norm=False),
-    "three of the four rounds": RULE._replace(num_rounds=1),
-    "Ward's factor": RULE._replace(ward=False),
-    "patches and queries that the last block's answer ignores": RULE._replace(class_token_only=True),
-}
-
-# The same ingredients, added one after the other to version 0.1.
+# The ingredients of the rule, added one after the other to version 0.1 …
 ADDED = {
     "version 0.1": VERSION_01,
     "+ Ward's factor": VERSION_01._replace(ward=True),
@@ -102,6 +90,14 @@ ADDED = {
     "+ length of merged tokens": VERSION_01._replace(ward=True, num_rounds=4, keeps_norm=True),
     "+ importance in the distance": RULE._replace(mean_power=0.0),
     "+ importance in the mean": RULE,
+}
+# … and left out of it, one at a time.
+WITHOUT = {
+    "without importance in the distance": RULE._replace(distance_power=0.0),
+    "without the length of merged tokens": RULE._replace(keeps_norm=False),
+    "with one round": RULE._replace(num_rounds=1),
+    "without Ward's factor": RULE._replace(ward=False),
+    "with the last block for the class token alone": RULE._replace(class_token_only=True),
 }
 INGREDIENT_SCHEDULES = {
     "37 at 3, 5, 7, 9": dict.fromkeys((3, 5, 7, 9), 37),
@@ -124,24 +120,21 @@ def merging_row(family: str, schedule: dict[int, int], rule: Rule) -> Row:
     return Row(family, setting, functools.partial(Merging, num_merged=schedule, rule=rule))
 
 
-def in_every_block(family: str, method: type[Method], number: int, late: bool = False, **options: Any) -> Row:
-    """`number` tokens in every block, or, if late, on average, rising from none before the first block."""
-    share = 2 * number / (NUM_BLOCKS + 1)
-    numbers = {block: round(share * (block + 1)) if late else number for block in range(NUM_BLOCKS)}
-    setting = f"r = {number}" + (" on average, rising" if late else "")
-    return Row(family, setting, functools.partial(method, num_merged=numbers, **options))
+def in_every_block(family: str, method: type[Method], number: int) -> Row:
+    numbers = dict.fromkeys(range(NUM_BLOCKS), number)
+    return Row(family, f"r = {number}", functools.partial(method, num_merged=numbers))
 
 
 def leaderboard_rows() -> list[Row]:
     rows = [Row(UNPOOLED, "", Method)]
-    rows += [merging_row(OURS, schedule, RULE) for schedule in SCHEDULES]
-    rows += [merging_row(BEFORE, schedule, VERSION_01) for schedule in SCHEDULES_01]
+    rows += [merging_row(OURS, schedule, RULE) for schedule in MANY_STAGES]
+    rows += [merging_row(OURS_IN_FEW, schedule, RULE) for schedule in FEW_STAGES]
+    rows += [merging_row(BEFORE, schedule, VERSION_01) for schedule in FEW_STAGES]
     for number in NUMBERS_IN_EVERY_BLOCK:
         rows.append(in_every_block("ToMe", ToMe, number))
         rows.append(in_every_block("ToMe, class importance", ImportanceToMe, number))
         rows.append(in_every_block("PiToMe", PiToMe, number))
         rows.append(in_every_block("size-ranked (ATM)", SizeRanked, number))
-        rows.append(in_every_block("size-ranked (ATM), later", SizeRanked, number, late=True))
     for number in NUMBERS_OF_ATC:
         schedule = dict.fromkeys((3, 6, 9), number)
         rows.append(Row("ATC", f"{number} at 3, 6, 9", functools.partial(ATC, num_merged=schedule)))
@@ -156,13 +149,20 @@ class Result(NamedTuple):
     answers: Answers
 
 
-def measure(rows: list[Row], model: nn.Module, judge: Judge) -> list[Result]:
-    """MACs and answers of each row."""
+def measure(rows: list[Row], model: nn.Module, judge: Judge, resume: Path | None) -> list[Result]:
+    """MACs and answers of each row. Answers in the folder `resume` are not computed again."""
     results, image = [], normalize(judge.photos.pixels[:1])
     for row in rows:
-        method = row.build(model).eval()
-        results.append(Result(row, count_macs(method, image), judge.answers(method)))
-        print(row.family, row.setting, results[-1].macs, results[-1].answers.summary(), flush=True)
+        method, kept = row.build(model).eval(), resume and resume / f"{row.family} {row.setting}.pt"
+        if kept and kept.exists():
+            answers = Answers(*torch.load(kept, weights_only=True))
+        else:
+            answers = judge.answers(method)
+            if kept:
+                resume.mkdir(parents=True, exist_ok=True)
+                torch.save(tuple(answers), kept)
+        results.append(Result(row, count_macs(method, image), answers))
+        print(row.family, row.setting, results[-1].macs, answers.summary(), flush=True)
     return results
 
 
@@ -192,7 +192,7 @@ def compare_with(curve: list[Result], result: Result) -> dict[str, Any]:
 
 
 def run_leaderboard(model: nn.Module, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
-    results = measure(leaderboard_rows(), model, judge)
+    results = measure(leaderboard_rows(), model, judge, args.resume)
     curve = [result for result in results if result.row.family in (OURS, UNPOOLED)]
     lines = [describe(result, results[0].macs) for result in results]
     for line, result in zip(lines, results, strict=True):
@@ -208,25 +208,24 @@ def run_leaderboard(model: nn.Module, judge: Judge, args: argparse.Namespace) ->
 
 def run_ingredients(model: nn.Module, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
     tables = {}
-    for title, rules in (("added", ADDED), ("without", WITHOUT)):
-        for name, schedule in INGREDIENT_SCHEDULES.items():
-            rows = [merging_row(ingredient, schedule, rule) for ingredient, rule in rules.items()]
-            results = measure([Row(UNPOOLED, "", Method), *rows], model, judge)
-            tables.setdefault(title, {})[name] = [describe(result, results[0].macs) for result in results[1:]]
-    return tables
+    for name, schedule in INGREDIENT_SCHEDULES.items():
+        rows = [merging_row(ingredient, schedule, rule) for ingredient, rule in (ADDED | WITHOUT).items()]
+        results = measure([Row(UNPOOLED, "", Method), *rows], model, judge, args.resume)
+        tables[name] = [describe(result, results[0].macs) for result in results[1:]]
+    return {"schedules": tables}
 
 
 def run_schedules(model: nn.Module, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
     rows = [merging_row(OURS, schedule, RULE) for schedule in schedules_to_compare()]
-    results = measure([Row(UNPOOLED, "", Method), *rows], model, judge)
+    results = measure([Row(UNPOOLED, "", Method), *rows], model, judge, args.resume)
     return {"rows": [describe(result, results[0].macs) for result in results[1:]]}
 
 
 def schedules_to_compare() -> list[dict[int, int]]:
     """Equal numbers at several sets of blocks."""
-    blocks = [(3, 5, 7, 9), (2, 4, 6, 8), (1, 3, 5, 7), (2, 4, 6, 8, 10), (1, 3, 5, 7, 9), tuple(range(1, 11))]
-    totals = (120, 140, 155, 170)
-    return [dict.fromkeys(chosen, total // len(chosen)) for chosen in blocks for total in totals]
+    chosen = [(3, 5, 7, 9), (2, 4, 6, 8), (1, 3, 5, 7), (1, 3, 5, 7, 9), (2, 4, 6, 8, 10)]
+    chosen += [tuple(range(start, end)) for start, end in ((3, 10), (2, 10), (1, 9), (1, 11))]
+    return [dict.fromkeys(blocks, total // len(blocks)) for blocks in chosen for total in (148, 172)]
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
@@ -259,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--half", choices=("choosing", "reporting"), help="which photos")
     parser.add_argument("--num_photos", type=int, help="only the first ones of the half, for a trial")
     parser.add_argument("--cache", type=Path, help="file that keeps the decoded photos for the next run")
+    parser.add_argument("--resume", type=Path, help="folder that keeps the answers of each row of this half")
     parser.add_argument("--time", action="store_true", help="measure images per second too, in turns")
     parser.add_argument("--batch_size", type=int, default=26, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="of the timing (default: %(default)s)")

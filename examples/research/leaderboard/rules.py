@@ -217,7 +217,8 @@ class Merging(Method):
         self.first_block = min(num_merged)
 
     def before_block(self, index, hidden_states, sizes):
-        num_merged = self.num_merged.get(index, 0)
+        # Every token that joins needs one that it joins.
+        num_merged = min(self.num_merged.get(index, 0), (hidden_states.shape[1] - 1) // 2)
         if not num_merged:
             return hidden_states, sizes
         rule, class_token, tokens = self.rule, hidden_states[:, :1], hidden_states[:, 1:]
