@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .names import timm_name
+from .kinds import Place, timm_places
 
 
 # Under which keys training scripts keep the weights in a checkpoint, and their moving average.
@@ -41,19 +41,29 @@ class Checkpoint:
 
     Args:
         tensors (`dict[str, torch.Tensor]`): the tensors under the file's own names.
-        name_of (`Callable`, *optional*):
-            Gives the file's name of one of our parameters, like [`timm_name`]. By default the names are the same.
+        places_of (`Callable`, *optional*):
+            Lists where the file may hold one of our parameters, like [`timm_places`]. By default the names are the
+            same.
         args (`dict`, *optional*): the arguments of the training script, if the file holds them.
         read (`set[str]`, *optional*): the names of the tensors that have been read.
     """
 
     tensors: dict[str, torch.Tensor]
-    name_of: Callable[[str], tuple[str, int | None]] = lambda name: (name, None)
+    places_of: Callable[[str], list[Place]] = lambda name: [Place(name)]
     args: dict = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
 
     def __contains__(self, name: str) -> bool:
-        return self.name_of(name)[0] in self.tensors
+        return self.place(name).tensor in self.tensors
+
+    def has_any(self, *names: str) -> bool:
+        """Whether the file has one of our parameters with these names."""
+        return any(name in self for name in names)
+
+    def place(self, name: str) -> Place:
+        """Where the file holds our parameter `name`, or where it should if it does not."""
+        places = self.places_of(name)
+        return next((place for place in places if place.tensor in self.tensors), places[0])
 
     def take(self, name: str, shape: tuple[int | None, ...] | None = None) -> torch.Tensor:
         """
@@ -66,7 +76,7 @@ class Checkpoint:
         Raises:
             ConversionError: if the tensor is missing or has another shape. The message uses the file's own name.
         """
-        source, part = self.name_of(name)
+        source, part, parts = self.place(name)
         if source not in self.tensors:
             raise ConversionError(
                 f"The tensor `{source}` is missing: the checkpoint is incomplete or holds another model."
@@ -74,13 +84,16 @@ class Checkpoint:
         self.read.add(source)
         tensor = self.tensors[source]
         if shape is not None:
-            check_shape(source, tensor, shape if part is None else (3 * shape[0], *shape[1:]))
-        return tensor if part is None else tensor.chunk(3)[part].clone()
+            check_shape(source, tensor, (shape[0] and parts * shape[0], *shape[1:]))
+        return tensor if part is None else tensor.chunk(parts)[part].clone()
 
-    def shape_of(self, name: str) -> torch.Size | None:
-        """The shape of the tensor for our parameter `name`, or None if there is none. Does not count as reading."""
-        tensor = self.tensors.get(self.name_of(name)[0])
-        return None if tensor is None else tensor.shape
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """The shape of our parameter `name`, or None if there is none. Does not count as reading."""
+        source, _, parts = self.place(name)
+        if source not in self.tensors:
+            return None
+        shape = tuple(self.tensors[source].shape)
+        return (shape[0] // parts, *shape[1:]) if shape else shape
 
     def drop(self, pattern: str) -> list[str]:
         """Counts the tensors whose names match as read, and returns their names."""
@@ -114,22 +127,54 @@ class Checkpoint:
         return self.take("embeddings.position_embeddings", (1, None, len(self.patch_weight)))
 
     @property
+    def num_registers(self) -> int:
+        """The number of register tokens."""
+        name = "embeddings.register_tokens"
+        return self.take(name, (1, None, None)).shape[1] if name in self else 0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLPs are gated. Packed projections have the name of a plain MLP and twice its width."""
+        gate, down = (self.shape_of(f"layers.0.mlp.{name}_proj.weight") for name in ("gate", "down"))
+        return bool(gate and down) and gate[:1] == down[1:]
+
+    def in_any_block(self, name: str) -> bool:
+        """Whether any block has our parameter `name`."""
+        return self.has_any(*(f"layers.{block}.{name}" for block in range(self.num_blocks)))
+
+    @property
     def shape_fields(self) -> dict[str, Any]:
         """The fields of the configuration that follow from the tensors without any doubt."""
         width, num_channels, *patch = self.patch_weight.shape
-        blocks = range(self.num_blocks)
+        hidden = "layers.0.mlp.gate_proj.weight" if self.is_gated else "layers.0.mlp.fc1.weight"
+        self.take(hidden, (None, width))
+        has_bias = self.in_any_block("attention.q_proj.bias")
         return {
             "hidden_size": width,
             "num_channels": num_channels,
             "patch_size": square_or_pair(patch),
             "num_hidden_layers": self.num_blocks,
-            "intermediate_size": len(self.take("layers.0.mlp.fc1.weight", (None, width))),
-            "qkv_bias": any(f"layers.{block}.attention.q_proj.bias" in self for block in blocks),
+            "intermediate_size": self.shape_of(hidden)[0],
+            "qkv_bias": has_bias,
+            "key_bias": self.in_any_block("attention.k_proj.bias") or not has_bias,
             # Any number will do, because the learned scales replace it.
-            "layer_scale_init_value": 1.0
-            if any(f"layers.{block}.layer_scale1.scale" in self for block in blocks)
-            else None,
+            "layer_scale_init_value": 1.0 if self.in_any_block("layer_scale1.scale") else None,
             "ln_order": "pre",
+            **self.trunk_fields,
+        }
+
+    @property
+    def trunk_fields(self) -> dict[str, Any]:
+        """Those of the fields that say what a model has beside what every ViT has."""
+        embedding_norm = self.has_any("embeddings.layernorm.weight", "embeddings.layernorm.bias")
+        return {
+            "num_register_tokens": self.num_registers,
+            "embedding_norm": embedding_norm,
+            # In every library, this norm takes the place of the bias.
+            "patch_bias": not embedding_norm,
+            "use_gated_mlp": self.is_gated,
+            "mlp_norm": self.in_any_block("mlp.layernorm.weight"),
+            "use_qk_norm": self.in_any_block("attention.q_norm.weight"),
         }
 
     def unread(self) -> list[str]:
@@ -137,7 +182,9 @@ class Checkpoint:
         return [name for name in self.tensors if name not in self.read]
 
 
-def read_checkpoint(path: str | Path, use_ema: bool = False, name_of: Callable = timm_name) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, use_ema: bool = False, places_of: Callable[[str], list[Place]] = timm_places
+) -> Checkpoint:
     """
     Reads a `.safetensors` file, a bare state dict or a training checkpoint. From a pickle, only tensors, plain
     containers and `argparse.Namespace` are built. Any other object is refused without being executed.
@@ -145,7 +192,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = False, name_of: Callable =
     Args:
         path: the file.
         use_ema: whether to take the moving average of the weights, which some training scripts keep.
-        name_of: as for [`Checkpoint`].
+        places_of: as for [`Checkpoint`].
 
     Raises:
         ConversionError: if the file is missing or damaged, or if it holds other objects or no weights.
@@ -167,7 +214,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = False, name_of: Callable =
     if all(name.startswith("module.") for name in tensors):  # saved from DataParallel
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return Checkpoint(tensors, name_of, args if isinstance(args, dict) else {})
+    return Checkpoint(tensors, places_of, args if isinstance(args, dict) else {})
 
 
 def _read_file(path: Path) -> dict:

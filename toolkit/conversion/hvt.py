@@ -17,7 +17,7 @@ from .building import (
     resolve_overrides,
 )
 from .checkpoint import Checkpoint, ConversionError, read_checkpoint, refuse
-from .names import hvt_name
+from .kinds import hvt_name
 
 
 # The paper's window, which is preferred where the lengths leave a choice.
@@ -68,7 +68,7 @@ def convert_checkpoint(
     checkpoint: Checkpoint, **config_overrides
 ) -> tuple[HPoolViTForImageClassification, ConversionReport]:
     """As [`convert_hvt`], for a checkpoint that has been read. It can be converted only once."""
-    checkpoint.name_of = hvt_name
+    checkpoint.places_of = lambda name: [hvt_name(name)]
     refuse(checkpoint, STRANGERS)
     report = ConversionReport()
     overrides = resolve_overrides(config_overrides)

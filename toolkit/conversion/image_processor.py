@@ -17,22 +17,53 @@ KEPT_ATTRIBUTES = ("do_resize", "size", "default_to_square", "resample", "do_cen
 KEPT_ATTRIBUTES += ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
-def read_image_processor(name_or_path: str) -> dict[str, Any] | None:
-    """The attributes of a Transformers image processor, or None if the folder or repository has none."""
+def read_image_processor(
+    name_or_path: str, usual: dict[str, Any] | None, image_size: int | tuple[int, int], notes: list[str]
+) -> dict[str, Any] | None:
+    """
+    The attributes of a Transformers image processor.
+
+    Args:
+        name_or_path: the folder or repository.
+        usual: attributes that all models of the source's type have, for a folder that does not say; None: unknown.
+        image_size: the size of the source's images.
+        notes: where is said what was assumed.
+
+    Returns:
+        The attributes, or None if they are unknown.
+    """
     try:
         attributes = AutoImageProcessor.from_pretrained(name_or_path).to_dict()
     except (OSError, ValueError):
-        return None
+        if usual is None:
+            return None
+        notes.append("The source has no image processor: assumed the one that is usual for its type.")
+        return usual | _sizes(usual["do_center_crop"], image_size)
     given = {name: attributes[name] for name in KEPT_ATTRIBUTES if attributes.get(name) is not None}
     # A setting that Transformers' image processors leave open is off there, whereas ours crop by default.
-    return {"do_center_crop": False, **given}
+    given = {"do_center_crop": False, **given}
+    # One that fits any aspect ratio has no size.
+    return given if "size" in given else given | _sizes(given["do_center_crop"], image_size)
 
 
-def read_timm_data_config(data: dict[str, Any]) -> dict[str, Any]:
+def _sizes(crops: bool, image_size: int | tuple[int, int]) -> dict[str, dict[str, int]]:
+    """The sizes of an image processor that resizes the short side and crops, or one that squashes."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    exact = {"height": height, "width": width}
+    return {"size": {"shortest_edge": max(height, width)}, "crop_size": exact} if crops else {"size": exact}
+
+
+def read_timm_data_config(data: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """The attributes of an image processor that prepares images as timm's `pretrained_cfg` says."""
     height, width = data["input_size"][1:]
+    crop_pct, crop_mode = data.get("crop_pct", 0.875), data.get("crop_mode", "center")
+    size = {"shortest_edge": int(max(height, width) / crop_pct)}
+    if crop_mode == "squash":
+        size = {"height": int(height / crop_pct), "width": int(width / crop_pct)}
+    elif crop_mode != "center":
+        notes.append(f"Images are cropped at the centre, where the source has `crop_mode={crop_mode!r}`.")
     attributes = {
-        "size": {"shortest_edge": int(max(height, width) / data.get("crop_pct", 0.875))},
+        "size": size,
         "crop_size": {"height": height, "width": width},
         "resample": PILImageResampling[data.get("interpolation", "bicubic").upper()],
         "image_mean": data.get("mean"),

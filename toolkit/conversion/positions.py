@@ -16,6 +16,9 @@ from .sources import Source
 # How the position embeddings of a new stage start.
 STAGE_POSITIONS = ("zero", "pooled")
 
+# Of a model without position embeddings, if nothing says otherwise.
+DEFAULT_IMAGE_SIZE = 224
+
 
 @dataclass
 class Positions:
@@ -24,16 +27,19 @@ class Positions:
 
     Args:
         class_token: that of the class token, of shape `(1, 1, hidden_size)`; None if there is no class token.
-        patches: those of the patches, of shape `(1, rows * columns, hidden_size)`.
+        registers: those of the register tokens, of shape `(1, num_registers, hidden_size)`; None if they have none.
+        patches: those of the patches, of shape `(1, rows * columns, hidden_size)`; None if there are none at all.
         grid: rows and columns of patches.
     """
 
     class_token: torch.Tensor | None
-    patches: torch.Tensor
+    registers: torch.Tensor | None
+    patches: torch.Tensor | None
     grid: tuple[int, int]
 
     def resized(self, grid: tuple[int, int], report: ConversionReport) -> torch.Tensor:
         """Those of the patches for another grid, of shape `(1, rows * columns, hidden_size)`."""
+        assert self.patches is not None
         if self.grid == grid:
             return self.patches
         old, new = ("{} × {}".format(*sides) for sides in (self.grid, grid))
@@ -48,18 +54,22 @@ def split_positions(source: Source, image_size: int | tuple[int, int] | None, re
     The grid of patches is that of the source's own image size. If the source does not say its image size, the grid is
     that of `image_size`, provided that the number of positions fits. Otherwise it is a square.
     """
-    checkpoint, positions = source.checkpoint, source.checkpoint.positions
+    checkpoint = source.checkpoint
+    if not source.fields.get("use_position_embeddings", True):
+        return Positions(None, None, None, _grid_without_positions(source, image_size, report))
+    positions = checkpoint.positions
     image_size = source.fields.get("image_size", image_size)
     num_positions = positions.shape[1]
     num_special = sum(f"embeddings.{token}" in checkpoint for token in ("cls_token", "distillation_token"))
-    # Some models have position embeddings for the patches alone.
-    for num_patches in (num_positions - num_special, num_positions):
+    # Some models have position embeddings for their registers too, and some for the patches alone.
+    with_registers = num_special + checkpoint.num_registers
+    for num_patches in (num_positions - with_registers, num_positions - num_special, num_positions):
         if grid := _find_grid(num_patches, checkpoint, image_size):
             break
     else:
         raise ConversionError(
-            f"The source has {num_positions} position embeddings, {num_special} of them for special tokens, and the "
-            "others do not form a square: pass the height and width of its images as `image_size`."
+            f"The source has {num_positions} position embeddings, {with_registers} of them for special tokens, and "
+            "the others do not form a square: pass the height and width of its images as `image_size`."
         )
     if image_size is None and num_patches > num_positions - num_special:
         report.notes.append(
@@ -68,16 +78,34 @@ def split_positions(source: Source, image_size: int | tuple[int, int] | None, re
         )
     # (1, special tokens, hidden_size), (1, patches, hidden_size)
     special, patches = positions.split([num_positions - num_patches, num_patches], dim=1)
-    class_token = special[:, :1] if special.shape[1] else torch.zeros_like(patches[:, :1])
-    return Positions(class_token if "embeddings.cls_token" in checkpoint else None, patches, grid)
+    has_class_token = source.has_class_token
+    class_token = special[:, :1] if has_class_token and special.shape[1] else torch.zeros_like(patches[:, :1])
+    registers = special[:, num_special:] if special.shape[1] > num_special else None
+    return Positions(class_token if has_class_token else None, registers, patches, grid)
+
+
+def _grid_without_positions(
+    source: Source, image_size: int | tuple[int, int] | None, report: ConversionReport
+) -> tuple[int, int]:
+    """Rows and columns of patches of the source's images, which nothing in its tensors depends on."""
+    known = source.fields.get("image_size", image_size)
+    if known is None:
+        known = DEFAULT_IMAGE_SIZE
+        report.notes.append(f"Assumed images of {known} × {known} pixels. The model takes images of any size.")
+    return _whole_patches(source.checkpoint, known)
+
+
+def _whole_patches(checkpoint: Checkpoint, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    rows, columns = checkpoint.patch_weight.shape[2:]
+    return height // rows, width // columns
 
 
 def _find_grid(
     num_patches: int, checkpoint: Checkpoint, image_size: int | tuple[int, int] | None
 ) -> tuple[int, int] | None:
     if image_size is not None:
-        sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
-        grid = tuple(size // patch for size, patch in zip(sizes, checkpoint.patch_weight.shape[2:], strict=True))
+        grid = _whole_patches(checkpoint, image_size)
         if math.prod(grid) == num_patches:
             return grid
     side = math.isqrt(num_patches)
@@ -85,20 +113,20 @@ def _find_grid(
 
 
 def start_stages(
-    config: HPoolViTConfig, positions: torch.Tensor, stage_positions: str, report: ConversionReport
+    config: HPoolViTConfig, positions: torch.Tensor | None, stage_positions: str, report: ConversionReport
 ) -> dict[str, torch.Tensor]:
     """
     The position embeddings of the new stages, under the model's names.
 
     Args:
         config: the configuration of the model.
-        positions: the model's first position embeddings, of shape `(1, tokens, hidden_size)`.
+        positions: the model's first position embeddings, of shape `(1, tokens, hidden_size)`; None: it has none.
         stage_positions: one of `STAGE_POSITIONS`.
         report: where the new names are added.
     """
     lengths = config.stage_positions()
     initial = {block: torch.zeros(1, length, config.hidden_size) for block, length in lengths.items()}
-    if stage_positions == "pooled":
+    if stage_positions == "pooled" and positions is not None:
         initial = _pool_positions(config, positions)
     names = {block: f"hpool_vit.pooling.{block}.position_embeddings" for block in lengths}
     report.initialised += [f"{name} ({stage_positions})" for name in names.values()]

@@ -1,9 +1,10 @@
 """Reads a trained ViT from a file, a folder or the Hub. A kind of model that can be read is one row of a table."""
 
 import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,52 +15,27 @@ from ..shared.console import hub_id
 from ..shared.files import read_json
 from .checkpoint import Checkpoint, ConversionError, read_checkpoint
 from .image_processor import read_image_processor, read_timm_data_config
-from .names import DEIT_III_NAMES, DEIT_NAMES, DINOV2_NAMES, VIT_NAMES, Patterns, fc_norm_name, rename
+from .kinds import (
+    PACKED,
+    PLAIN_MLP_NAMES,
+    REFUSED_MODEL_TYPES,
+    TIMM_ACTIVATIONS,
+    TIMM_ARGUMENTS,
+    TIMM_NEEDS_ARCHITECTURE,
+    TIMM_POOLS,
+    TIMM_VITS,
+    TRANSFORMERS_KINDS,
+    TimmKind,
+    TransformersKind,
+    rename,
+    timm_kind,
+)
 
 
 FILE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
 
-# Our fields of the configuration, and which of the source's fields they come from.
-VIT_FIELDS = {
-    "num_attention_heads": "num_attention_heads",
-    "hidden_act": "hidden_act",
-    "layer_norm_eps": "layer_norm_eps",
-    "image_size": "image_size",
-    "attention_probs_dropout_prob": "attention_probs_dropout_prob",
-    # Transformers' ViT applies one rate in all three places.
-    "dropout": "hidden_dropout_prob",
-    "hidden_dropout_prob": "hidden_dropout_prob",
-    "projection_dropout_prob": "hidden_dropout_prob",
-}
-
-
-class TransformersKind(NamedTuple):
-    """
-    How one `model_type` of Transformers is read.
-
-    Args:
-        names: patterns of its tensor names and their replacements, which turn them into our names.
-        fields: our fields of the configuration, and the names of the fields that tell them.
-        reads_class_token: whether its head, or what it is known for, reads the class token.
-        unneeded: the start of the names of tensors that a folder may lack.
-    """
-
-    names: Patterns = VIT_NAMES
-    fields: dict[str, str] = VIT_FIELDS
-    reads_class_token: bool = True
-    unneeded: tuple[str, ...] = ("pooler.",)
-
-
-# By `model_type`.
-TRANSFORMERS_KINDS = {
-    "vit": TransformersKind(),
-    "deit": TransformersKind(names=DEIT_NAMES),
-    "vit_msn": TransformersKind(),
-    "dinov2": TransformersKind(names=DINOV2_NAMES),
-}
-
-# timm's `global_pool`, and whether the head then reads the class token.
-TIMM_POOLS = {"token": True, "avg": False}
+# What a checkpoint of two towers has beside the tower for images.
+NOT_VISION = ("text_", "visual_projection.", "logit_scale", "logit_bias")
 
 
 @dataclass
@@ -69,17 +45,24 @@ class Source:
 
     Args:
         checkpoint: its tensors, which you ask for by our names.
-        reads_class_token: whether its head, or what it is known for, reads the class token.
+        readout: what its head reads, or what its pooled features are without one: a name in `READOUTS`.
         fields: what else is known about it, as fields of our configuration.
         image_processor: the attributes of its image processor; None if they are unknown.
         notes: what the user should know about it.
+        rotary_order: how it orders the channels of rotary positions, a name in `ROTARY_ORDERS`; None: as we do.
     """
 
     checkpoint: Checkpoint
-    reads_class_token: bool
+    readout: str
     fields: dict[str, Any] = field(default_factory=dict)
     image_processor: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    rotary_order: str | None = None
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether it has a class token, which its head need not read."""
+        return "embeddings.cls_token" in self.checkpoint
 
 
 def is_checkpoint_file(name_or_path: str | Path) -> bool:
@@ -88,7 +71,7 @@ def is_checkpoint_file(name_or_path: str | Path) -> bool:
     return path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir())
 
 
-def read_source(model_name_or_path: str | Path, use_ema: bool = False) -> Source:
+def read_source(model_name_or_path: str | Path, use_ema: bool = False, architecture: str | None = None) -> Source:
     """
     Reads a trained ViT.
 
@@ -96,24 +79,34 @@ def read_source(model_name_or_path: str | Path, use_ema: bool = False) -> Source
         model_name_or_path (`str`): a file, a folder or a Hub id, as for [`convert_vit`].
         use_ema (`bool`, defaults to `False`):
             Whether to take the moving average of the weights, if the source is a training checkpoint that has one.
+        architecture (`str`, *optional*):
+            timm's name of the model, such as `"vit_base_patch16_clip_224"`, for a file whose tensors do not tell.
 
     Raises:
         ConversionError: for a source that cannot be read, or is not a ViT of a known kind.
     """
     if is_checkpoint_file(model_name_or_path):
-        return timm_source(read_checkpoint(model_name_or_path, use_ema))
+        return timm_source(read_checkpoint(model_name_or_path, use_ema), architecture=architecture)
     name = str(model_name_or_path)
-    if use_ema:
-        raise ConversionError(f"`use_ema` is for a training checkpoint, and `{name}` is not a file.")
+    for option, given in (("use_ema", use_ema), ("architecture", architecture)):
+        if given:
+            kind = "training checkpoint" if option == "use_ema" else "file of tensors"
+            raise ConversionError(f"`{option}` is for a {kind}, and `{name}` is not a file.")
     config = _read_config(name)
     if kind := TRANSFORMERS_KINDS.get(config.get("model_type")):
         return _read_transformers(name, kind)
     if "architecture" in config:
         weights = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
         return timm_source(read_checkpoint(weights or cached_file(name, "pytorch_model.bin")), config)
-    raise ConversionError(
-        f"`{name}` has the `model_type` {config.get('model_type')!r}. These can be converted: "
-        f"{', '.join(TRANSFORMERS_KINDS)}, and ViT and DeiT of timm."
+    raise _unknown_model_type(name, config.get("model_type"))
+
+
+def _unknown_model_type(name: str, model_type: str | None) -> ConversionError:
+    reason = REFUSED_MODEL_TYPES.get(model_type)
+    why = f" and cannot be converted: it is or has {reason}" if reason else ""
+    return ConversionError(
+        f"`{name}` has the `model_type` {model_type!r}{why}. These can be converted: "
+        f"{', '.join(TRANSFORMERS_KINDS)}, and ViT, DeiT, EVA-02, DINOv3 and Perception Encoder of timm."
     )
 
 
@@ -127,13 +120,54 @@ def _read_config(name: str) -> dict[str, Any]:
 
 def _read_transformers(name: str, kind: TransformersKind) -> Source:
     config = AutoConfig.from_pretrained(name)
+    vision = getattr(config, kind.tower) if kind.tower else config
     has_head = any("ForImageClassification" in architecture for architecture in config.architectures or [])
-    fields = {ours: getattr(config, theirs) for ours, theirs in kind.fields.items()}
+    fields = {
+        ours: theirs(vision) if callable(theirs) else getattr(vision, theirs) for ours, theirs in kind.fields.items()
+    }
+    fields |= kind.fixed | (kind.head_features if has_head and kind.head_features else kind.features)
     if has_head:
         fields |= {"id2label": config.id2label, "label2id": config.label2id}
-    tensors = _load_tensors(name, config, AutoModelForImageClassification if has_head else AutoModel, kind)
-    checkpoint = Checkpoint({rename(tensor, kind.names): value for tensor, value in tensors.items()})
-    return Source(checkpoint, kind.reads_class_token, fields, read_image_processor(name))
+        tensors = _load_tensors(name, config, AutoModelForImageClassification, kind)
+    else:
+        tensors = _load_tensors(name, vision, AutoModel, kind)
+    notes = list(kind.notes)
+    if kind.tower and not has_head:
+        others = [tensor for tensor in tensors if tensor.startswith(NOT_VISION)]
+        tensors = {tensor: value for tensor, value in tensors.items() if tensor not in others}
+        notes.append(f"Dropped the text tower and the projections ({len(others)} tensors), which images do not need.")
+    checkpoint = Checkpoint(_in_our_names(tensors, kind, vision))
+    source = Source(checkpoint, (has_head and kind.head_readout) or kind.readout, fields, notes=notes)
+    if source.readout == "attention" and "readout.probe" not in checkpoint:
+        source.readout = "mean"
+        source.notes.append("The source has no pooled features: these are the mean of the patches.")
+    source.image_processor = read_image_processor(name, kind.image_processor, fields["image_size"], source.notes)
+    return source
+
+
+def _fields_of(config: PreTrainedConfig, kind: TransformersKind) -> dict[str, Any]:
+    """Our fields, from a configuration of Transformers."""
+    return {
+        ours: theirs(config) if callable(theirs) else getattr(config, theirs) for ours, theirs in kind.fields.items()
+    }
+
+
+def _in_our_names(
+    tensors: dict[str, torch.Tensor], kind: TransformersKind, config: PreTrainedConfig
+) -> dict[str, torch.Tensor]:
+    """The tensors of a model of Transformers under our names, in our shapes, and each parameter by itself."""
+    renamed = {}
+    for theirs, tensor in tensors.items():
+        name = rename(theirs, kind.names)
+        for pattern, parts in PACKED:
+            if match := re.match(pattern, name):
+                renamed |= zip((match.expand(part) for part in parts), tensor.chunk(len(parts)), strict=True)
+                break
+        else:
+            renamed[name] = kind.shapes[name](tensor, config) if name in kind.shapes else tensor
+    if not any(".mlp.gate_proj." in name for name in renamed):
+        renamed = {rename(name, PLAIN_MLP_NAMES): tensor for name, tensor in renamed.items()}
+    return renamed
 
 
 def _load_tensors(
@@ -152,28 +186,73 @@ def _load_tensors(
     return tensors | {tensor: torch.empty(0) for tensor in loading["unexpected_keys"]}
 
 
-def timm_source(checkpoint: Checkpoint, config: dict[str, Any] | None = None) -> Source:
+def timm_source(
+    checkpoint: Checkpoint, config: dict[str, Any] | None = None, architecture: str | None = None
+) -> Source:
     """
     A ViT in timm's naming.
 
     Args:
         checkpoint: its tensors.
         config: the `config.json` of a timm folder, if there is one.
+        architecture: timm's name of the model, if there is no folder.
     """
     config = config or {}
-    tensors = {rename(name, DEIT_III_NAMES): tensor for name, tensor in checkpoint.tensors.items()}
-    checkpoint.tensors = tensors
-    inferred = "avg" if "fc_norm.weight" in tensors or "cls_token" not in tensors else "token"
-    pooling = config.get("global_pool") or inferred
-    if pooling not in TIMM_POOLS:
-        raise ConversionError(f"The source has `global_pool={pooling!r}`. Only {' and '.join(TIMM_POOLS)} convert.")
-    source = Source(checkpoint, TIMM_POOLS[pooling])
-    if "fc_norm.weight" in tensors:
-        checkpoint.name_of = fc_norm_name
+    architecture = (config.get("architecture") or architecture or "").partition(".")[0]
+    if architecture:
+        _check_architecture(architecture)
+    else:
+        _ask_for_architecture(checkpoint)
+    kind = timm_kind(architecture)
+    arguments = config.get("model_args", {})
+    source = Source(checkpoint, _timm_readout(checkpoint, config, kind), dict(kind.fields))
+    source.rotary_order = kind.rotary_order
+    source.fields |= {ours: arguments[theirs] for theirs, ours in TIMM_ARGUMENTS.items() if theirs in arguments}
+    if checkpoint.is_gated:
+        source.fields["hidden_act"] = "silu"
+    elif activation := source.fields.get("hidden_act"):
+        source.fields["hidden_act"] = TIMM_ACTIVATIONS.get(activation, activation)
+    if "fc_norm.weight" in checkpoint.tensors:
         source.fields["norm_after_pooling"] = True
-    if heads := config.get("model_args", {}).get("num_heads"):
-        source.fields["num_attention_heads"] = heads
     if data := config.get("pretrained_cfg"):
         source.fields["image_size"] = tuple(data["input_size"][1:])
-        source.image_processor = read_timm_data_config(data)
+        source.image_processor = read_timm_data_config(data, source.notes)
     return source
+
+
+def _check_architecture(architecture: str):
+    """Raises a `ConversionError` for an architecture that cannot be converted."""
+    if not re.match(TIMM_VITS, architecture):
+        raise ConversionError(
+            f"`architecture={architecture!r}` is not a ViT of timm: pass a name such as 'vit_base_patch16_224'."
+        )
+    if refusal := timm_kind(architecture).refusal:
+        raise ConversionError(f"`architecture={architecture!r}` cannot be converted: {refusal}.")
+
+
+def _ask_for_architecture(checkpoint: Checkpoint):
+    """Raises a `ConversionError` for tensors that more than one architecture has, with the same names and shapes."""
+    patterns = dict(TIMM_NEEDS_ARCHITECTURE)
+    if "pos_embed" not in checkpoint.tensors:
+        patterns[r"^reg_token$"] = "models with rotary positions alone"
+    for name in checkpoint.tensors:
+        for pattern, owners in patterns.items():
+            if re.search(pattern, name):
+                raise ConversionError(
+                    f"The tensor `{name}` belongs to {owners}, which differ in more than their tensors: pass the name "
+                    "that timm gives the model as `architecture`, such as 'vit_base_patch16_clip_224'."
+                )
+
+
+def _timm_readout(checkpoint: Checkpoint, config: dict[str, Any], kind: TimmKind) -> str:
+    if pooling := config.get("global_pool"):
+        if pooling not in TIMM_POOLS:
+            raise ConversionError(
+                f"The source has `global_pool={pooling!r}`. Only {', '.join(TIMM_POOLS)} can be converted."
+            )
+        return TIMM_POOLS[pooling]
+    if any(name.startswith("attn_pool.") for name in checkpoint.tensors):
+        return "attention"
+    if "fc_norm.weight" in checkpoint.tensors or "cls_token" not in checkpoint.tensors:
+        return "mean"
+    return kind.readout or "class_token"

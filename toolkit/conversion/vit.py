@@ -1,6 +1,7 @@
 """From a trained ViT to an HPool-ViT that starts from its weights."""
 
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .building import (
     resolve_overrides,
 )
 from .checkpoint import ConversionError, refuse
+from .kinds import ROTARY_ORDERS
 from .positions import STAGE_POSITIONS, Positions, split_positions, start_stages
 from .sources import Source, read_source
 
@@ -35,42 +37,72 @@ POOLING_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 POSITIONS = "hpool_vit.embeddings.position_embeddings"
+REGISTERS = "hpool_vit.embeddings.register_tokens"
 
 # Tensors that a source loses nearly nothing without, under our names and timm's.
-DROPPABLE = r"^(embeddings\.)?(mask|dist|distillation)_token$|^(pooler|decoder|head_dist|distillation_classifier)\."
+DROPPABLE = (
+    r"^(embeddings\.)?(mask|dist|distillation)_token$"
+    r"|^(pooler|decoder|head_dist|distillation_classifier|visual_projection)\.|^decoder_pos_embed$|^decoder\."
+)
 
 # Tensors of things that HPool-ViT does not have and that change what the source computes.
 STRANGERS = {
     r"^blocks\.\d+\.pos_embed$": "a checkpoint of the paper's code, which `convert_hvt` takes",
-    r"reg(ister)?_token": "register tokens, which HPool-ViT does not have",
-    r"norm_pre": "a norm before the first block (CLIP), which HPool-ViT does not have",
-    r"[qk]_norm": "a norm of queries and keys, which HPool-ViT does not have",
     r"pre_logits": "a hidden layer before the head, which HPool-ViT does not have",
-    r"attn_pool": "pooling by attention, which HPool-ViT does not have",
-    r"rope|rel_pos|relative_position": "relative or rotary positions, which HPool-ViT does not have",
-    r"w12|weights_in|gate_proj|fc1_[gx]": "a gated MLP (SwiGLU), which HPool-ViT does not have",
-    r"^decoder_": "the decoder of a masked autoencoder, which HPool-ViT does not have",
+    r"rel_pos|relative_position": "relative positions, which HPool-ViT does not have",
+    r"rope": "rotary positions with learned frequencies, where HPool-ViT has fixed ones",
+    r"\.attn\.norm\.": "a norm inside attention, before its last projection, which HPool-ViT does not have",
+    r"\.attn\.gate\.": "a gate on attention, which HPool-ViT does not have",
+    r"\.attn\.lambda": "a difference of two attentions, which HPool-ViT does not have",
+    r"patch_embed\.norm\.": "a norm between patches and positions (AIMv2), which HPool-ViT does not have",
+    r"attn_pool\.([qk]_norm|pos_embed)": "attention pooling with norms or positions, which HPool-ViT does not have",
+    r"^decoder_(?!pos_embed)": "the decoder of a masked autoencoder, which HPool-ViT does not have",
+    r"attns\.|ffns\.|\.in_proj\.": "blocks with parallel branches, which HPool-ViT does not have",
 }
+
+# Tensors that only some readouts and norms need, under our names and timm's, and when a model has no use for them.
+UNUSED = (
+    (r"^(readout|attn_pool)\.", lambda config: config.resolved_readout != "attention"),
+    (r"^(layernorm|norm|fc_norm)\.", lambda config: not config.use_final_norm),
+    (r"^(embeddings\.)?cls_token$", lambda config: not config.use_class_token),
+)
+
+# What a head reads, in words.
+READOUT_NAMES = {
+    "class_token": "the class token",
+    "mean": "the mean of the tokens",
+    "class_token_and_mean": "the class token and the mean of the tokens",
+    "attention": "what attention pools",
+}
+
+# What the tensors decide, beside `shape_fields`.
+DECIDED = ("num_attention_heads", "use_position_embeddings", "rope_theta", "rope_coordinates", "rope_grid")
 
 
 def convert_vit(
-    model_name_or_path: str | Path, stage_positions: str = "zero", use_ema: bool = False, **config_overrides
+    model_name_or_path: str | Path,
+    stage_positions: str = "zero",
+    use_ema: bool = False,
+    architecture: str | None = None,
+    **config_overrides,
 ) -> tuple[HPoolViTForImageClassification, ConversionReport]:
     """
     Builds an HPool-ViT that starts from the weights of a trained ViT.
 
     Args:
         model_name_or_path (`str`):
-            A folder or Hub id of Transformers' ViT, DeiT, ViT-MSN or DINOv2, or of timm's ViT or DeiT, or a file in
-            timm's naming.
+            A folder or Hub id of Transformers' ViT, DeiT, ViT-MSN, ViT-MAE, I-JEPA, DINOv2, DINOv3, CLIP or SigLIP, or
+            of timm's ViT, DeiT, EVA-02, DINOv3 or Perception Encoder, or a file in timm's naming.
         stage_positions (`str`, defaults to `"zero"`):
             How the position embeddings of the new stages start: at zero, or `"pooled"` from the first ones with the
             stages' own pooling.
         use_ema (`bool`, defaults to `False`):
             Whether to take the moving average of the weights, if the source is a training checkpoint that has one.
+        architecture (`str`, *optional*):
+            timm's name of the model, such as `"vit_base_patch16_clip_224"`, for a file whose tensors do not tell.
         config_overrides:
             Fields of [`HPoolViTConfig`]: the pooling (`hvt_pool=None` for none), `num_labels` or `id2label` (a number
-            other than the source's makes a new head), `use_class_token` (by default as the source's head requires),
+            other than the source's makes a new head), `use_class_token` (by default as the source),
             `image_size` (a size other than the source's resizes the position embeddings), and so on.
 
     Returns:
@@ -81,7 +113,7 @@ def convert_vit(
         ConversionError: for a source that cannot be converted. The message names the file or the tensor.
         ValueError: for a configuration that no model can be built from.
     """
-    return convert_source(read_source(model_name_or_path, use_ema), stage_positions, **config_overrides)
+    return convert_source(read_source(model_name_or_path, use_ema, architecture), stage_positions, **config_overrides)
 
 
 def convert_source(
@@ -96,9 +128,11 @@ def convert_source(
     positions = split_positions(source, overrides.get("image_size"), report)
     config = build_config(source, positions, overrides, report)
     given = convert_embeddings(source, config, positions, report)
-    given |= start_stages(config, given[POSITIONS], stage_positions, report)
+    given |= convert_rotary(source, config)
+    given |= start_stages(config, given.get(POSITIONS), stage_positions, report)
     new = choose_new(source, config, report)
-    report.dropped += source.checkpoint.drop(DROPPABLE)
+    for pattern in (DROPPABLE, *(pattern for pattern, is_unused in UNUSED if is_unused(config))):
+        report.dropped += source.checkpoint.drop(pattern)
     return fill_model(config, source.checkpoint, given, new), report
 
 
@@ -106,25 +140,37 @@ def build_config(
     source: Source, positions: Positions, overrides: dict[str, Any], report: ConversionReport
 ) -> HPoolViTConfig:
     """What the tensors say, what else is known, the defaults of the pooling and, above all, what the user wants."""
-    fixed = source.checkpoint.shape_fields
-    fixed |= {name: value for name, value in source.fields.items() if name == "num_attention_heads"}
+    checkpoint = source.checkpoint
+    fixed = checkpoint.shape_fields
+    fixed |= {name: value for name, value in source.fields.items() if name in DECIDED}
     for name in fixed.keys() & overrides.keys():
         if overrides[name] != fixed[name]:
             raise ConversionError(f"`{name}={overrides[name]!r}` cannot be chosen: the source has {fixed[name]!r}.")
     assumed = {
-        "image_size": image_size_of(source.checkpoint, positions.grid),
+        "image_size": image_size_of(checkpoint, positions.grid),
         "patchify_technique": "convolutional",
-        "use_class_token": source.reads_class_token,
         "layer_norm_eps": 1e-6,  # timm's
+        "use_final_norm": checkpoint.has_any("layernorm.weight", "layernorm.bias"),
     }
     # The grid tells the image size in whole patches.
     known = {name: value for name, value in source.fields.items() if name != "image_size"}
     if "num_attention_heads" not in known | overrides:
         known["num_attention_heads"] = infer_heads(fixed["hidden_size"])
         report.notes.append(f"Assumed {known['num_attention_heads']} attention heads: the source does not say.")
+    known |= choose_readout(source, overrides)
     known |= choose_labels(source, overrides)
     known |= choose_pooling(fixed["num_hidden_layers"], overrides)
     return HPoolViTConfig(**{**fixed, **assumed, **known, **overrides})
+
+
+def choose_readout(source: Source, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The class token and the readout of the source, as far as the user leaves them."""
+    use_class_token = overrides.get("use_class_token", source.has_class_token)
+    usual = "class_token" if use_class_token else "mean"
+    # A class token that comes or goes changes what is read, unless that is nothing of it.
+    changed = use_class_token != source.has_class_token and source.readout != "attention"
+    readout = None if changed or source.readout == usual else source.readout
+    return {"use_class_token": use_class_token, "readout": readout}
 
 
 def choose_labels(source: Source, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -152,32 +198,56 @@ def convert_embeddings(
     source: Source, config: HPoolViTConfig, positions: Positions, report: ConversionReport
 ) -> dict[str, torch.Tensor]:
     """The tensors of the embeddings that differ from the source's, under the model's names."""
-    # (1, tokens, hidden_size)
-    first_positions = positions.resized(config.patch_grid(), report)
-    if not config.use_class_token:
-        report.dropped += source.checkpoint.drop(r"(^|\.)cls_token$")
-    else:
-        zeros = torch.zeros_like(first_positions[:, :1])
-        class_token = zeros if positions.class_token is None else positions.class_token
-        first_positions = torch.cat((class_token, first_positions), dim=1)
-    given = {POSITIONS: first_positions}
+    checkpoint, given = source.checkpoint, {}
+    if config.use_position_embeddings:
+        # (1, tokens, hidden_size)
+        first_positions = positions.resized(config.patch_grid(), report)
+        if config.use_class_token:
+            zeros = torch.zeros_like(first_positions[:, :1])
+            class_token = zeros if positions.class_token is None else positions.class_token
+            first_positions = torch.cat((class_token, first_positions), dim=1)
+        given[POSITIONS] = first_positions
+    if positions.registers is not None:
+        # Registers have no positions of their own here.
+        given[REGISTERS] = checkpoint.take("embeddings.register_tokens") + positions.registers
     if config.patchify_technique == "linear":
-        given["hpool_vit.embeddings.patch_embeddings.projection.weight"] = source.checkpoint.patch_weight.flatten(1)
+        given["hpool_vit.embeddings.patch_embeddings.projection.weight"] = checkpoint.patch_weight.flatten(1)
+    return given
+
+
+def convert_rotary(source: Source, config: HPoolViTConfig) -> dict[str, torch.Tensor]:
+    """
+    What makes queries and keys, with the channels of each head in our order, under the model's names. The order does
+    not change the products of queries and keys.
+    """
+    if source.rotary_order is None:
+        return {}
+    head_dim = config.hidden_size // config.num_attention_heads
+    order = ROTARY_ORDERS[source.rotary_order](head_dim // 2)
+    given = {}
+    for name, shape in parameter_shapes(config).items():
+        if re.search(r"\.attention\.[qk]_(proj|norm)\.", name):
+            tensor = source.checkpoint.take(name.removeprefix("hpool_vit."), shape)
+            given[name] = tensor.unflatten(0, (-1, head_dim))[:, order].reshape(shape)
     return given
 
 
 def choose_new(source: Source, config: HPoolViTConfig, report: ConversionReport) -> list[str]:
-    """The model's names of what must start anew: a head or a class token that the source does not have."""
+    """The model's names of what must start anew: a head, a class token or a readout that the source does not have."""
     checkpoint, shapes = source.checkpoint, parameter_shapes(config)
     new = []
-    if config.use_class_token and "embeddings.cls_token" not in checkpoint:
+    if config.use_class_token and not source.has_class_token:
         new.append("hpool_vit.embeddings.cls_token")
+    if source.readout != "attention":
+        new += [name for name in shapes if name.startswith("hpool_vit.readout.")]
     head = [name for name in shapes if name.startswith("classifier.")]
     shape = checkpoint.shape_of("classifier.weight")
-    if shape is None or shapes.get("classifier.weight") != tuple(shape):
+    if shape is None or shapes.get("classifier.weight") != shape:
         new += head
         report.dropped += checkpoint.drop(r"^(classifier|head)\.") if shape else []
-    elif source.reads_class_token and not config.use_class_token:
-        report.notes.append("The head was trained on the class token and now reads the mean of the tokens: train it.")
+        report.notes += ["The head is new: train it."] if head else []
+    elif source.readout != config.resolved_readout:
+        before, now = READOUT_NAMES[source.readout], READOUT_NAMES[config.resolved_readout]
+        report.notes.append(f"The head was trained on {before} and now reads {now}: train it.")
     report.initialised += new
     return new

@@ -107,8 +107,16 @@ class TestTimm:
             ("vit_tiny_patch16_224", {"qkv_bias": False}),
             ("vit_tiny_patch16_224", {"num_classes": 0}),
             ("vit_tiny_patch16_224", {"mlp_ratio": 3, "in_chans": 1}),
+            ("vit_tiny_patch16_224", {"qk_norm": True}),
+            ("vit_tiny_patch16_224", {"scale_mlp_norm": True}),
+            ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.SwiGLUPacked}),
+            ("vit_tiny_patch16_224", {"reg_tokens": 3}),
+            ("vit_tiny_patch16_224", {"reg_tokens": 3, "no_embed_class": True}),
         ],
-        ids=["vit", "deit", "deit-3", "no bias", "no head", "other sizes"],
+        ids=[
+            *("vit", "deit", "deit-3", "no bias", "no head", "other sizes", "qk norm", "mlp norm", "packed swiglu"),
+            *("registers with positions", "registers without positions"),
+        ],
     )
     def test_with_a_class_token_the_logits_are_the_same(self, tmp_path, name, overrides):
         theirs = timm_model(name, **overrides)
@@ -166,12 +174,25 @@ class TestTimm:
         assert embeddings.position_embeddings[:, 0].abs().max() == 0
         torch.testing.assert_close(embeddings.position_embeddings[:, 1:], theirs.pos_embed)
 
+    @pytest.mark.parametrize("fc_norm", [True, False], ids=["norm after the mean", "norm before the mean"])
+    def test_a_head_that_reads_the_mean_beside_a_class_token_computes_the_same_logits(
+        self, tmp_path, pixel_values, fc_norm
+    ):
+        theirs = timm_model(global_pool="avg", fc_norm=fc_norm)
+        timm.models.save_for_hf(theirs, tmp_path / "timm", model_args=TIMM)
+        ours, report = convert_vit(str(tmp_path / "timm"), hvt_pool=None)
+        assert_same(ours, theirs, pixel_values)
+        assert (ours.config.use_class_token, ours.config.readout) == (True, "mean")
+        assert ours.config.norm_after_pooling == fc_norm
+        assert report.dropped == []
+
     def test_a_head_that_reads_the_mean_needs_no_class_token(self, tmp_path):
         theirs = timm_model(global_pool="avg")
-        ours, report = convert(theirs, tmp_path)
+        ours, report = convert(theirs, tmp_path, use_class_token=False)
         assert not ours.config.use_class_token
         assert ours.config.norm_after_pooling
         assert report.dropped == ["cls_token"]
+        assert "train it" not in str(report)
 
     def test_the_names_of_the_original_deit_iii_are_understood(self, tmp_path, pixel_values):
         theirs = timm_model(no_embed_class=True, init_values=0.3)
@@ -205,7 +226,8 @@ class TestTimm:
         timm.models.save_for_hf(theirs, tmp_path / "timm", safe_serialization=safe, data_config=data, model_args=TIMM)
         source = read_source(str(tmp_path / "timm"))
         ours, _ = convert_source(source, hvt_pool=None)
-        assert not ours.config.use_class_token  # its file alone would look like one that reads it
+        assert ours.config.readout == "mean"  # its file alone would look like one that reads the class token
+        assert_same(ours, theirs, pixel_values)
         assert ours.config.num_attention_heads == 2
         processor = image_processor_for(source, ours.config)
         assert list(processor.image_mean) == [0.5, 0.4, 0.3]
@@ -261,12 +283,21 @@ class TestTransformers:
             logits = outputs.cls_logits if "cls_logits" in outputs else outputs.logits
             torch.testing.assert_close(ours(pixel_values).logits, logits, rtol=0, atol=1e-5)
 
-    def test_a_head_that_reads_more_than_the_class_token_is_new(self, tmp_path):
-        theirs = Dinov2ForImageClassification(Dinov2Config(**TRANSFORMERS, mlp_ratio=2))
+    def test_a_head_that_reads_more_than_the_class_token_is_kept(self, tmp_path):
+        theirs = randomize(Dinov2ForImageClassification(Dinov2Config(**TRANSFORMERS, mlp_ratio=2)))
         theirs.save_pretrained(tmp_path / "source")
         ours, report = convert_vit(str(tmp_path / "source"))
         assert ours.config.num_labels == 5
+        torch.testing.assert_close(ours.classifier.weight, theirs.classifier.weight)
+        assert report.dropped == ["embeddings.mask_token"]
+
+    def test_such_a_head_is_new_where_the_model_reads_less(self, tmp_path):
+        theirs = Dinov2ForImageClassification(Dinov2Config(**TRANSFORMERS, mlp_ratio=2))
+        theirs.save_pretrained(tmp_path / "source")
+        ours, report = convert_vit(str(tmp_path / "source"), readout="class_token")
+        assert ours.config.num_labels == 5
         assert {"classifier.weight", "classifier.bias"} <= set(report.dropped) & set(report.initialised)
+        assert "The head is new: train it." in str(report)
 
     def test_a_pretraining_decoder_is_dropped(self, tmp_path):
         ViTForMaskedImageModeling(ViTConfig(**TRANSFORMERS, encoder_stride=4)).save_pretrained(tmp_path / "source")
@@ -405,15 +436,18 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("overrides", "expected"),
         [
-            ({"reg_tokens": 2}, "`reg_token` cannot be converted: it belongs to register tokens"),
-            ({"qk_norm": True}, "`blocks.0.attn.q_norm.weight`"),
-            ({"pre_norm": True}, "`norm_pre.weight`"),
+            ({"reg_tokens": 2, "pos_embed": "none"}, "`reg_token` belongs to models with rotary positions alone"),
+            (
+                {"scale_attn_norm": True},
+                "`blocks.0.attn.norm.weight` cannot be converted: it belongs to a norm inside",
+            ),
+            ({"pre_norm": True}, "`norm_pre.weight` belongs to CLIP's"),
             ({"global_pool": "map"}, "`attn_pool."),
             ({"mlp_layer": timm.layers.SwiGLU}, "`blocks.0.mlp.fc1_g.weight`"),
-            ({"scale_mlp_norm": True}, "`blocks.0.mlp.norm.weight` (and 7 more) has no place"),
+            ({"norm_layer": timm.layers.RmsNorm}, "`blocks.0.norm1.bias` is missing"),
             ({"pos_embed": "none"}, "`pos_embed` is missing"),
         ],
-        ids=["registers", "qk norm", "clip", "map", "swiglu", "mlp norm", "no positions"],
+        ids=["registers", "attention norm", "clip", "map", "swiglu", "rms norm", "no positions"],
     )
     def test_a_vit_of_another_kind_is_refused_by_the_name_of_a_tensor(self, tmp_path, overrides, expected):
         with pytest.raises(ConversionError) as error:
