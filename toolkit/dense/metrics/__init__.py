@@ -1,0 +1,1 @@
+"""Metrics for the `evaluate` package, loaded from these folders without the Hub."""
