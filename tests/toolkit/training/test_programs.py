@@ -7,16 +7,19 @@ import json
 import os
 import re
 import resource
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import compare_runs
 import numpy as np
 import pytest
 import run_image_classification_no_trainer
 import torch
+import transformers.trainer
 import yaml
 from helpers import tiny_model
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from image_files import BAD_FILES, CONVERTED_FILES, write_folder, write_parquet, write_tar
 from PIL import Image
 from safetensors.torch import load_file
@@ -365,3 +368,43 @@ def test_runs_are_compared_by_seeds_macs_and_speed(tmp_path, photos, capsys):
     assert (tmp_path / "table.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="--reference other is not one of the runs: pooled, unpooled"):
         compare_runs.main([*folders, "--reference", "other", "--output", str(tmp_path / "table")])
+
+
+class Hub:
+    """Stands in for the Hub's client: remembers the weights in each folder that is uploaded, and sends nothing."""
+
+    def __init__(self):
+        self.uploads: list[tuple[str, dict[str, torch.Tensor]]] = []
+
+    def create_repo(self, *args, **kwargs) -> SimpleNamespace:
+        return SimpleNamespace(repo_id="me/photos")
+
+    def upload_folder(self, *args, folder_path, commit_message, **kwargs) -> Future:
+        self.uploads.append((commit_message, weights_of(Path(folder_path))))
+        done: Future = Future()
+        done.set_result(None)
+        return done
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Hub:
+    hub = Hub()
+    # Transformers calls functions of its own module or methods of the client, depending on its version.
+    for owner in (HfApi, transformers.trainer):
+        for name in ("create_repo", "upload_folder"):
+            monkeypatch.setattr(owner, name, getattr(hub, name), raising=False)
+    return hub
+
+
+@pytest.mark.parametrize("strategy", ("end", "every_save"))
+def test_push_to_hub_pushes_and_leaves_the_averaged_weights(strategy, tmp_path, photos, hub):
+    flags = f"--train_dir {photos} --num_train_epochs 1 --ema_decay 0.9"
+    run(trainer, tmp_path, flags, f"--push_to_hub --hub_model_id me/photos --hub_strategy {strategy}")
+    last = list_checkpoints(tmp_path)[-1]
+    trained, averaged = weights_of(last)["classifier.weight"], weights_of(last / "ema")["classifier.weight"]
+    assert not torch.equal(trained, averaged)
+    assert_same_weights(last / "ema", tmp_path)
+    message, pushed = hub.uploads[-1]
+    assert message == "End of training"
+    for name, tensor in weights_of(last / "ema").items():
+        torch.testing.assert_close(pushed[name], tensor, rtol=0, atol=0)
