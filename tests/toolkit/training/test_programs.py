@@ -27,7 +27,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
 from hpool_vit.toolkit import command
-from hpool_vit.toolkit.training.checkpoints import list_checkpoints
+from hpool_vit.toolkit.training.checkpoints import list_checkpoints, step_of
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -191,6 +191,15 @@ def test_a_run_resumes_from_the_last_complete_checkpoint(program, tmp_path, phot
     assert_same_weights(whole, broken)
     assert_same_weights(whole / "checkpoint-18" / "ema", broken / "checkpoint-18" / "ema")
     assert results["eval_top1"] == json.loads((whole / "all_results.json").read_text())["eval_top1"]
+
+
+@both_programs
+def test_a_resumed_run_removes_the_checkpoints_that_a_killed_one_had_yet_to_remove(program, tmp_path, photos):
+    flags = f"--train_dir {photos} --num_train_epochs 1 --save_strategy steps --save_steps 1"
+    run(program, tmp_path, flags, "--save_total_limit 9")
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [1, 2, 3, 4, 5]
+    run(program, tmp_path, flags, "--save_total_limit 2")
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [4, 5]
 
 
 @both_programs
