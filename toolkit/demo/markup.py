@@ -58,7 +58,8 @@ def pooled_blocks(schedule: Schedule) -> str:
     """Where a schedule pools, in words. Blocks are counted from 0, as in `hvt_pool`."""
     if not schedule.hvt_pool:
         return "No pooling"
-    return f"Pooling at block{'s' * (len(schedule.hvt_pool) > 1)} {', '.join(map(str, schedule.hvt_pool))}"
+    pooling = "Pooling" if schedule.speed is None else f"Speed {schedule.speed:g}, pooling"
+    return f"{pooling} at block{'s' * (len(schedule.hvt_pool) > 1)} {', '.join(map(str, schedule.hvt_pool))}"
 
 
 def draw_schedule(schedule: Schedule) -> str:

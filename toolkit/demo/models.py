@@ -31,11 +31,16 @@ DRAWING = threading.Lock()
 
 @dataclass(frozen=True)
 class Schedule:
-    """The blocks that pool their input, the patch tokens per stage, and the multiply-accumulates for one image."""
+    """
+    The blocks that pool their input, the patch tokens per stage, the multiply-accumulates for one image, the shares of
+    the tokens that merge, and which of the model's speeds it is, if it is one.
+    """
 
     hvt_pool: tuple[int, ...]
     tokens: tuple[int, ...]
     macs: int
+    merge_ratio: float | tuple[float, ...]
+    speed: float | None = None
 
 
 @dataclass
@@ -67,11 +72,14 @@ class ServedModel:
         model, self.image_processor, _ = load_saved_classifier(str(folder))
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.labels = distinct_labels(model.config)
-        schedules = [describe_schedule(model.config.with_schedule(hvt_pool)) for hvt_pool in usable_schedules(model)]
         # From the cheapest to the most expensive.
-        self.schedules = sorted(schedules, key=lambda schedule: schedule.macs)
-        hvt_pools = [schedule.hvt_pool for schedule in self.schedules]
-        self.saved_position = hvt_pools.index(tuple(model.config.hvt_pool or ()))
+        self.schedules = sorted(offered_schedules(model), key=lambda schedule: schedule.macs)
+        saved = describe_schedule(model.config)
+        [self.saved_position] = [
+            position
+            for position, schedule in enumerate(self.schedules)
+            if (schedule.hvt_pool, schedule.tokens) == (saved.hvt_pool, saved.tokens)
+        ][:1]
         self.macs_without_pooling = model_stats(model.config.with_schedule(None))["macs"]
         # The whole model has one schedule, which must not change while it works for another visitor.
         self.lock = threading.Lock()
@@ -119,9 +127,11 @@ class ServedModel:
 
     def set_schedule(self, position: float):
         """Switches the model to the schedule at `position`. The caller holds the lock."""
-        hvt_pool = list(self.schedule(position).hvt_pool)
-        if (self.model.config.hvt_pool or []) != hvt_pool:
-            self.model.set_hvt_pool(hvt_pool)
+        schedule, config = self.schedule(position), self.model.config
+        merge_ratio = schedule.merge_ratio if isinstance(schedule.merge_ratio, float) else list(schedule.merge_ratio)
+        if (config.hvt_pool or [], config.merge_ratio) != (list(schedule.hvt_pool), merge_ratio):
+            config.change_schedule(list(schedule.hvt_pool), merge_ratio)
+            self.model.add_stages()
 
 
 def read_model_type(folder: Path) -> str | None:
@@ -130,6 +140,20 @@ def read_model_type(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return content.get("model_type") if isinstance(content, dict) else None
+
+
+def offered_schedules(model: HPoolViTForImageClassification) -> list[Schedule]:
+    """What the page's slider chooses among: the model's speeds if it has any, otherwise its [`usable_schedules`]."""
+    config = model.config
+    if not config.speeds:
+        return [describe_schedule(config.with_schedule(hvt_pool)) for hvt_pool in usable_schedules(model)]
+    schedules = [
+        describe_schedule(config.with_schedule(**config.fields_of_speed(speed)), float(speed))
+        for speed in [1, *config.speeds]
+    ]
+    saved = describe_schedule(config)
+    known = {(schedule.hvt_pool, schedule.tokens) for schedule in schedules}
+    return schedules if (saved.hvt_pool, saved.tokens) in known else [*schedules, saved]
 
 
 def usable_schedules(model: HPoolViTForImageClassification) -> list[list[int]]:
@@ -145,8 +169,15 @@ def usable_schedules(model: HPoolViTForImageClassification) -> list[list[int]]:
     return [blocks[first:] for first in range(len(blocks) + 1)]
 
 
-def describe_schedule(config: HPoolViTConfig) -> Schedule:
-    return Schedule(tuple(config.hvt_pool or ()), tuple(config.tokens_per_stage()), model_stats(config)["macs"])
+def describe_schedule(config: HPoolViTConfig, speed: float | None = None) -> Schedule:
+    ratio = config.merge_ratio
+    return Schedule(
+        tuple(config.hvt_pool or ()),
+        tuple(config.tokens_per_stage()),
+        model_stats(config)["macs"],
+        tuple(ratio) if isinstance(ratio, list) else float(ratio),
+        speed,
+    )
 
 
 def distinct_labels(config: HPoolViTConfig) -> list[str]:

@@ -12,7 +12,7 @@ from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.measuring import Logits
-from ..shared.options import Model, OutputDir
+from ..shared.options import Model, OutputDir, Speed
 from ..shared.saved_model import check_weights, load_saved_model
 from .checks import BATCH_SIZES, ExportError, check_preprocessing, image_sizes, largest_difference, random_images
 from .formats import FORMATS, trace
@@ -64,6 +64,7 @@ def export_model(
     *,
     format: str = "onnx",
     dynamic_image_size: bool = False,
+    speed: float | None = None,
     int8: str | None = None,
     calibration_dir: str | Path | None = None,
     num_calibration_images: int = 64,
@@ -82,6 +83,7 @@ def export_model(
         format (`str`): `"onnx"` or `"torch_export"`.
         dynamic_image_size (`bool`): whether the exported model takes images of any multiple of the patch size. It
             takes any number of them in either case.
+        speed (`float`, *optional*): one of the speeds that the model offers; 1: no pooling. Default: the model's own.
         int8 (`str`, *optional*): `"dynamic"` or `"static"` also writes model_int8.onnx, with Linear layers in int8.
         calibration_dir (`str` or `Path`, *optional*): a folder of images, which `"static"` needs.
         num_calibration_images (`int`): how many of them to use.
@@ -105,8 +107,9 @@ def export_model(
     FORMATS[format].check_packages()
     check_output_dir(output_dir)
     with folder_written_whole(output_dir) as folder:
-        network, preprocessing = load(model, for_onnx=format == "onnx")
+        network, preprocessing = load(model, format == "onnx", speed)
         record = {"model": str(model), "format": format, "torch": torch.__version__}
+        record |= {} if speed is None else {"speed": speed}
         record |= write_model(network, folder / FORMATS[format].file_name, format, dynamic_image_size)
         labels = [network.config.id2label[index] for index in range(network.config.num_labels)]
         write_json(folder / "preprocessor_config.json", preprocessing)
@@ -119,9 +122,12 @@ def export_model(
     return record
 
 
-def load(name: str, for_onnx: bool) -> tuple[HPoolViTForImageClassification, dict[str, Any]]:
+def load(
+    name: str, for_onnx: bool, speed: float | None = None
+) -> tuple[HPoolViTForImageClassification, dict[str, Any]]:
     """A trained model in float32, and the content of its preprocessor_config.json."""
-    model, image_processor, _, new = load_saved_model(name, dtype=torch.float32, attn_implementation="sdpa")
+    chosen = {} if speed is None else {"speed": speed}
+    model, image_processor, _, new = load_saved_model(name, dtype=torch.float32, attn_implementation="sdpa", **chosen)
     if model.config.model_type != HPoolViTConfig.model_type:
         raise ExportError(f"{name} is a model of the type {model.config.model_type!r}, not an HPool-ViT.")
     check_weights(name, model, new)
@@ -217,6 +223,7 @@ def command(
     dynamic_image_size: Annotated[
         bool, typer.Option(help="Take images of any multiple of the patch size, not only the model's own size.")
     ] = False,
+    speed: Speed = None,
     int8: Annotated[
         Literal["dynamic", "static"] | None,
         typer.Option(
@@ -245,6 +252,7 @@ def command(
         output_dir,
         format=format,
         dynamic_image_size=dynamic_image_size,
+        speed=speed,
         int8=int8,
         calibration_dir=calibration_dir,
         num_calibration_images=num_calibration_images,

@@ -60,7 +60,7 @@ def write_model_card(
     Args:
         output_dir (`Path`): the saved folder. Its name is the model's name.
         model (`HPoolViTForImageClassification`): the saved model.
-        label_names (`list[str]`): the names of its labels, in order. Any text is allowed.
+        label_names (`list[str]`): the names of its labels, in order. Any text is allowed. None: it extracts features.
         recipe: all settings of the training, shown as YAML.
         data: `name` of the data set (a Hub id, a folder or any text), the `split` on which the results were measured,
             and any other values to show, such as numbers of images.
@@ -87,6 +87,9 @@ def write_model_card(
     data, results, training = dict(data or {}), dict(results or {}), dict(training or {})
     name = one_line(repo_id.rpartition("/")[2] if repo_id else Path(output_dir).resolve().name)
     metadata = _metadata(name, results, data, kept_metadata or ModelCardData(), license, base_model, widget)
+    if not label_names:
+        metadata.pipeline_tag, metadata.metrics = "image-feature-extraction", None
+        metadata.tags = [tag.replace("image-classification", "image-feature-extraction") for tag in metadata.tags]
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
@@ -141,7 +144,7 @@ def _description(model, label_names: list[str]) -> dict[str, Any]:
     blocks = ", ".join(map(str, config.hvt_pool or []))
     pooling = f"{POOLING_NAMES[config.pool_mode]} before blocks {blocks} (counted from 0)" if blocks else "none"
     facts = {
-        "labels": len(label_names),
+        "labels": len(label_names) or None,
         "image size": "{} × {} pixels".format(*config.image_shape),
         "parameters": f"{model.num_parameters():,}",
         "blocks": f"{config.num_hidden_layers}, {config.hidden_size} wide, {config.num_attention_heads} heads",

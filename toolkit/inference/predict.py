@@ -10,7 +10,7 @@ import typer
 from transformers import pipeline
 
 from ..shared.console import NotStartedError, needs, one_line, parse_value
-from ..shared.options import HvtPool, MergeRatio, Model
+from ..shared.options import HvtPool, MergeRatio, Model, Speed
 from ..shared.saved_model import load_saved_classifier
 
 
@@ -55,7 +55,7 @@ def predict(
         num_thumbnails (`int`): how many of the first files keep a small picture for a contact sheet.
         show_progress (`bool`): whether to show a progress bar on standard error.
         trust_remote_code (`bool`): whether to run code in the model's folder. HPool-ViTs do not need it.
-        overrides: fields of the configuration to change, such as `hvt_pool`.
+        overrides: fields of the configuration to change, such as `hvt_pool`, or one of the model's speeds: `speed`.
 
     Returns:
         `Predictions`: an iterable of `Prediction`, with the `files` and `notes`.
@@ -110,6 +110,7 @@ def command(
     ] = None,
     hvt_pool: HvtPool = None,
     merge_ratio: MergeRatio = None,
+    speed: Speed = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code in the model's folder. HPool-ViTs do not need it.")
     ] = False,
@@ -145,6 +146,7 @@ def command(
             show_progress=not disable_tqdm,
             trust_remote_code=trust_remote_code,
             **{name: parse_value(name, value) for name, value in given.items() if value is not None},
+            **({} if speed is None else {"speed": speed}),
         )
         check_not_overwritten(predictions.files, [output, contact_sheet])
     except ValueError as error:

@@ -29,6 +29,10 @@ MergeRatio = Annotated[
         metavar="SHARES", help="The share of the tokens to merge: one for all stages, or one per stage: 0.3,0.2."
     ),
 ]
+Speed = Annotated[
+    float | None,
+    typer.Option(metavar="NUMBER", help="A speed that `hpool-vit speed-up` found for the model; 1: no pooling."),
+]
 ImageSize = Annotated[str | None, image_size_option("the model's own")]
 
 

@@ -29,7 +29,8 @@ def load_saved_model(
     Args:
         name: a saved folder, or an id on the Hub.
         trust_remote_code: whether code in the folder may run. HPool-ViTs do not need it.
-        overrides: arguments of `from_pretrained`, and fields of the configuration to change, such as `hvt_pool`.
+        overrides: arguments of `from_pretrained`, such as `speed`, and fields of the configuration to change, such as
+            `hvt_pool`.
 
     Returns:
         The model in evaluation mode and in the dtype that it was saved in, its image processor, notes for the user,
@@ -74,7 +75,7 @@ def load_saved_classifier(
     Args:
         name: a saved folder, or an id on the Hub.
         trust_remote_code: whether code in the folder may run. HPool-ViTs do not need it.
-        overrides: fields of the configuration to change, such as `hvt_pool`.
+        overrides: fields of the configuration to change, such as `hvt_pool`, or one of the model's speeds: `speed`.
 
     Returns:
         The model in evaluation mode, its image processor, and notes for the user.
@@ -91,8 +92,8 @@ def load_saved_classifier(
 
 def _check_schedule(name: str, config: Any, overrides: dict[str, Any]) -> list[str]:
     """Notes on a schedule that the model was not trained for; refuses fields that the model does not have."""
-    for flag in ("hvt_pool", "merge_ratio"):
-        if flag in overrides and not hasattr(config, flag):
+    for flag, field in {"hvt_pool": "hvt_pool", "merge_ratio": "merge_ratio", "speed": "speeds"}.items():
+        if flag in overrides and not hasattr(config, field):
             raise SavedModelError(
                 f"`{flag}` is for HPool-ViTs, and {name} is a model of the type {config.model_type}."
             )

@@ -144,7 +144,7 @@ def table(record: dict[str, Any]) -> str:
                 " → ".join(map(str, row["tokens_per_stage"])),
                 format_macs(row["macs"]),
                 f"{row['times_fewer_macs']:.2f} ×",
-                f"{row['images_per_second']:.3g}",
+                f"{row['images_per_second']:,.1f}",
                 f"{row['times_as_fast']:.2f} ×",
                 f"{row['loss']:.4f} ({low:.4f}–{high:.4f})" if row["hvt_pool"] else "0",
                 *([f"{row['agreement']:.1%}"] if has_head else []),
@@ -166,7 +166,8 @@ def explain(record: dict[str, Any]) -> str:
         f"Measured on {images['held_back']} images that the search did not see, of the folder "
         f"{Path(images['folder']).resolve().name}; the search used {images['searched']} others. {what}, with the 95 % "
         f"interval of its mean. The images per second were measured in turns, in batches of {record['batch_size']}, "
-        f"with {record['machine']['torch_threads']} threads of {record['machine']['cpu'] or 'an unknown CPU'}"
+        f"with {counted(record['machine']['torch_threads'], 'thread')} of "
+        f"{record['machine']['cpu'] or 'an unknown CPU'}"
         + (f" and {record['machine']['gpu']}." if record["machine"]["gpu"] else ".")
     )
 

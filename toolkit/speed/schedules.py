@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 
@@ -46,10 +47,13 @@ class Fitter:
     def __init__(self, cost: Callable[[Schedule], float], num_patches: int, num_blocks: int):
         self.cost, self.num_patches, self.num_blocks = cost, num_patches, num_blocks
 
-    @property
+    @cached_property
     def cheapest(self) -> Schedule:
-        """Half of the tokens at every block."""
-        return self.scaled(dict.fromkeys(range(self.num_blocks), 1.0), self.num_patches)
+        """
+        Half of the tokens at every block, or at some of them if that costs less, because each stage takes time itself.
+        """
+        halved = (self.scaled(parts, self.num_patches) for parts in seeds(self.num_blocks, self.num_blocks))
+        return min(halved, key=self.cost)
 
     def scaled(self, parts: Parts, factor: float) -> Schedule:
         counts = {block: max(round(part * factor), 1) for block, part in parts.items()}
@@ -69,14 +73,14 @@ class Fitter:
         return self.loosened(self.scaled(parts, high), limit)
 
     def loosened(self, schedule: Schedule, limit: float) -> Schedule:
-        """Merges one token less where the limit allows it; the last block is asked first."""
-        for stage in reversed(range(len(schedule))):
-            counts = dict(schedule)
-            block = schedule[stage][0]
-            counts[block] -= 1
-            candidate = clamped(counts, self.num_patches)
-            if self.cost(candidate) <= limit:
-                schedule = candidate
+        """Merges one token less at a block after the other, from the last on, as long as the limit allows it."""
+        before = None
+        while schedule != before:
+            before = schedule
+            for block, merged in reversed(before):
+                candidate = clamped({**dict(schedule), block: merged - 1}, self.num_patches)
+                if self.cost(candidate) <= limit:
+                    schedule = candidate
         return schedule
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..command import PlainUsageCommand
 from ..inspection.stats import format_macs
-from ..shared.console import needs
+from ..shared.console import needs, schedule_name
 from ..shared.figures import save_figure
 from ..shared.files import check_output_dir, folder_written_whole, read_json, write_json
 from ..shared.options import OutputDir
@@ -92,7 +92,8 @@ def speed_up(
     speeds = check_arguments(faster, measure, minutes, trials, batch_size)
     check_output_dir(output_dir)
     network, image_processor, notes = load_model(str(model))
-    network.to(choose_device(device))
+    dtype = network.dtype
+    network.to(choose_device(device), torch.float32)
     photos = load_photos(images, image_processor, num_images, seed)
     macs = MacsCost(network.config)
     check_reachable(speeds, "macs", macs, network) if measure == "macs" else None
@@ -132,7 +133,7 @@ def speed_up(
         if measure == "time" and row["times_as_fast"] < TIME_TOLERANCE * speed:
             record["notes"].append(f"Speed {speed_name(speed)} came out as {row['times_as_fast']:.2f} times as fast.")
     offer(network, {speed: schedule_fields(schedule, macs.num_patches) for speed, schedule in chosen.items()})
-    write(output_dir, network, image_processor, record, photos)
+    write(output_dir, network.to(dtype), image_processor, record, photos)
     log.remove()
     return record
 
@@ -180,7 +181,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def check_reachable(speeds: list[float], measure: str, cost: Any, model: nn.Module) -> None:
-    """Raises a `ValueError` for a speed that not even half of the tokens merged at every block reaches."""
+    """Raises a `ValueError` for a speed that not even the schedule of the lowest cost reaches."""
     fitter = fitter_for(cost, model)
     lowest = cost(fitter.cheapest)
     fastest = cost.unpooled / lowest
@@ -190,10 +191,11 @@ def check_reachable(speeds: list[float], measure: str, cost: Any, model: nn.Modu
         details = f"times fewer MACs ({format_macs(lowest)} instead of {format_macs(cost.unpooled)})"
     else:
         details = f"times less time ({1000 * lowest:.2f} ms an image instead of {1000 * cost.unpooled:.2f} ms)"
+    blocks = schedule_name([block for block, _ in fitter.cheapest])
     # Rounded down, so that it can be reached.
     raise ValueError(
         f"`faster={speed_name(max(speeds))}` cannot be reached: the fastest is {math.floor(100 * fastest) / 100:g} "
-        f"{details}, with half of the tokens merged at every block. Ask for less."
+        f"{details}, with half of the tokens merged at blocks {blocks}. Ask for less."
     )
 
 
