@@ -4,16 +4,22 @@ import copy
 import math
 import sys
 
+import pandas as pd
+import PIL.Image
 import pytest
 import torch
-from helpers import EXAMPLES, tiny_model
+from helpers import EXAMPLES, ROOT, tiny_model
+from torch import nn
 
+from hpool_vit.toolkit.shared.files import read_json
 from hpool_vit.toolkit.shared.measuring import count_macs
 
 
 sys.path.insert(0, str(EXAMPLES / "research" / "leaderboard"))
 
+from leaderboard import print_table
 from network import Attended, Method, class_attention
+from photos import MEAN, STD, Photos, halves, load_photos, normalize
 from rivals import (
     ATC,
     DiffRate,
@@ -39,6 +45,11 @@ from rules import (
     merge_sizes,
     split_evenly,
 )
+from scores import Answers, Judge, bootstrap, interpolate
+
+
+RESULTS = ROOT / "docs" / "results"
+VECTORS = 6
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +233,6 @@ def test_merging_in_every_block_ends_when_half_of_the_tokens_would_go(model, ima
             assert (sizes.sum(1) == 65).all() and (sizes[:, 0] == 1).all()
 
 
-VECTORS = 6
-
-
 def merge_one_by_one(tokens: torch.Tensor, weights: torch.Tensor, num_merged: int, rule: Rule) -> list[int]:
     """The position of the token that each token of one image joins, in loops, as the rule says it in words."""
     groups = {position: [position] for position in range(len(tokens))}
@@ -354,3 +362,65 @@ def test_the_rule_exports_without_scattering_floats_and_answers_alike(model, ima
         torch.testing.assert_close(
             torch.tensor(session.run(None, {name: batch.numpy()})[0]), expected, atol=1e-4, rtol=1e-4
         )
+
+
+def test_the_halves_share_no_photo_and_are_always_the_same():
+    choosing, reporting = halves(1300)
+    assert len(choosing) == len(reporting) == 650
+    assert torch.equal(torch.cat((choosing, reporting)).sort().values, torch.arange(1300))
+    assert torch.equal(halves(1300)[0], choosing)
+
+
+def test_photos_are_decoded_once(tmp_path):
+    image = PIL.Image.new("RGB", (227, 227), (255, 0, 0))
+    image.save(tmp_path / "photo.png")
+    table = pd.DataFrame({"image": [{"bytes": (tmp_path / "photo.png").read_bytes()}], "label": [7]})
+    table.to_parquet(tmp_path / "photos.parquet")
+    photos = load_photos(tmp_path / "photos.parquet", tmp_path / "cache.pt")
+    assert photos.pixels.shape == (1, 3, 224, 224) and photos.labels.tolist() == [7]
+    red = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(normalize(photos.pixels)[0, :, 5, 5], red)
+    (tmp_path / "photos.parquet").unlink()
+    again = load_photos(tmp_path / "photos.parquet", tmp_path / "cache.pt")
+    assert torch.equal(again.pixels, photos.pixels) and torch.equal(again.labels, photos.labels)
+
+
+def test_a_method_is_judged_by_what_it_answers_from_the_first_pixel_on(model):
+    photos = Photos(torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8), torch.arange(5) % 3)
+    method = Merging(model, {2: 20})
+    answers = Judge(model, photos, batch_size=2).answers(method)
+    with torch.inference_mode():
+        logits, reference = method(normalize(photos.pixels)), Method(model)(normalize(photos.pixels))
+    expected = nn.functional.kl_div(logits.log_softmax(-1), reference.softmax(-1), reduction="none").sum(-1)
+    torch.testing.assert_close(answers.divergence.float(), expected, atol=1e-5, rtol=1e-4)
+    assert answers.correct.bool().tolist() == (logits.argmax(-1) == photos.labels).tolist()
+    assert answers.agrees.bool().tolist() == (logits.argmax(-1) == reference.argmax(-1)).tolist()
+
+
+def test_between_two_settings_each_photo_is_interpolated():
+    def answers(value: float) -> Answers:
+        return Answers(*(torch.full((2,), value) for _ in range(3)))
+
+    curve = [(30.0, answers(0.0)), (10.0, answers(4.0)), (20.0, answers(1.0))]
+    assert interpolate(12.5, curve).divergence.tolist() == [3.25, 3.25]
+    assert interpolate(30.0, curve).correct.tolist() == [0, 0]
+    assert interpolate(9.0, curve) is None
+
+
+def test_the_interval_holds_the_mean_and_shrinks_with_the_number_of_photos():
+    few, many = torch.randn(50).double() + 1, torch.randn(800).double() + 1
+    for differences in (few, many):
+        low, high = bootstrap(differences, num_samples=2000)
+        assert low < differences.mean() < high
+        assert high - low == pytest.approx(2 * 1.96 * differences.std().item() / len(differences) ** 0.5, rel=0.15)
+    assert bootstrap(few) == bootstrap(few)
+
+
+def test_the_published_tables_are_those_of_the_raw_numbers(capsys):
+    text = (RESULTS / "merging.md").read_text(encoding="utf-8")
+    board, ingredients = (read_json(RESULTS / f"merging_{name}.json") for name in ("leaderboard", "ingredients"))
+    for table in (board["rows"], *ingredients["schedules"].values()):
+        print_table(table)
+        assert capsys.readouterr().out in text
+    for published in (board, ingredients):
+        assert published["half"] == "reporting" and published["num_photos"] == 650

@@ -91,12 +91,10 @@ ADDED = {
     "+ importance in the distance": RULE._replace(mean_power=0.0),
     "+ importance in the mean": RULE,
 }
-# … and left out of it, one at a time.
+# … and changed, one at a time.
 WITHOUT = {
-    "without importance in the distance": RULE._replace(distance_power=0.0),
     "without the length of merged tokens": RULE._replace(keeps_norm=False),
     "with one round": RULE._replace(num_rounds=1),
-    "without Ward's factor": RULE._replace(ward=False),
     "with the last block for the class token alone": RULE._replace(class_token_only=True),
 }
 INGREDIENT_SCHEDULES = {

@@ -63,24 +63,31 @@ def log_importance(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tenso
     return (normed[:, 1:] @ query.transpose(1, 2)).squeeze(-1)
 
 
-def rows(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def rows(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The tokens at (batch, number) positions."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    batch_size, num_tokens, width = tokens.shape
+    first = torch.arange(batch_size, device=tokens.device).unsqueeze(1) * num_tokens
+    # Whole rows of one matrix: much faster on a CPU than `gather`.
+    picked = tokens.reshape(-1, width).index_select(0, (positions + first).flatten())
+    return picked.unflatten(0, positions.shape)
 
 
-class Targets(NamedTuple):
+class Products(NamedTuple):
     """
-    The tokens at even positions, while those at odd ones join them.
+    What the distances of sources, the tokens at odd positions, and targets, those at even ones, are computed from. A
+    target stands for the weighted mean of all that have joined it.
 
     Attributes:
-        centres: (batch, targets, width), the weighted mean of what each stands for so far.
-        weights: (batch, targets), of the centres.
-        products: (batch, sources, targets), of all sources with the centres.
+        source_squares: (batch, sources), of the sources with themselves.
+        target_squares: (batch, targets), of the targets with themselves.
+        products: (batch, sources, targets), of sources and targets.
+        target_weights: (batch, targets).
     """
 
-    centres: torch.Tensor
-    weights: torch.Tensor
+    source_squares: torch.Tensor
+    target_squares: torch.Tensor
     products: torch.Tensor
+    target_weights: torch.Tensor
 
 
 @torch.no_grad()
@@ -93,49 +100,56 @@ def find_roots(tokens: torch.Tensor, weights: torch.Tensor, num_merged: int, rul
         weights: (batch, tokens), how much a token counts when a merge moves it.
         num_merged: how many tokens at odd positions join one at an even position, at most `tokens // 2`.
     """
-    # Distances do not change when the mean is subtracted, and small numbers keep them precise.
     tokens = tokens.float()
-    tokens = tokens - tokens.mean(1, keepdim=True)
-    sources, source_weights = tokens[:, 1::2], weights[:, 1::2]
-    targets = Targets(tokens[:, ::2], weights[:, ::2], sources @ tokens[:, ::2].transpose(1, 2))
-    squares = sources.square().sum(-1)
-    stays = torch.ones_like(squares, dtype=torch.bool)
+    # Distances do not change when the mean is subtracted, and small numbers keep them precise.
+    mean = tokens.mean(1, keepdim=True)
+    targets, sources = tokens[:, ::2] - mean, tokens[:, 1::2] - mean
+    source_weights = weights[:, 1::2]
+    numbers = split_evenly(num_merged, rule.num_rounds)
+    among_sources = sources @ sources.transpose(1, 2) if len(numbers) > 1 else None
+    squares = [torch.linalg.vector_norm(half, dim=-1).square() for half in (sources, targets)]
+    known = Products(*squares, sources @ targets.transpose(1, 2), weights[:, ::2])
+    stays = torch.ones_like(source_weights, dtype=torch.bool)
     roots = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-    for number in split_evenly(num_merged, rule.num_rounds):
-        # Squared distances: (batch, sources, targets)
-        losses = squares.unsqueeze(2) + targets.centres.square().sum(-1).unsqueeze(1) - 2 * targets.products
+    for turn, number in enumerate(numbers):
+        losses = known.source_squares.unsqueeze(2) + known.target_squares.unsqueeze(1) - 2 * known.products
         if rule.ward:
-            losses = losses / (1 / source_weights.unsqueeze(2) + 1 / targets.weights.unsqueeze(1))
+            losses = losses / (1 / source_weights.unsqueeze(2) + 1 / known.target_weights.unsqueeze(1))
         loss, nearest = losses.min(-1)
         joining = loss.masked_fill(~stays, torch.inf).topk(number, largest=False).indices
         joined = nearest.gather(1, joining)
         stays = stays.scatter(1, joining, False)
         roots = roots.scatter(1, 2 * joining + 1, 2 * joined)
-        targets = move_targets(targets, sources, rows(sources, joining), source_weights.gather(1, joining), joined)
+        if turn + 1 < len(numbers):
+            known = after_joining(
+                known, rows(among_sources, joining), source_weights.gather(1, joining), joining, joined
+            )
     return roots
 
 
-def move_targets(
-    targets: Targets, sources: torch.Tensor, joining: torch.Tensor, weights: torch.Tensor, joined: torch.Tensor
-) -> Targets:
+def after_joining(
+    known: Products, with_sources: torch.Tensor, weights: torch.Tensor, joining: torch.Tensor, joined: torch.Tensor
+) -> Products:
     """
-    The targets after a round. Their products with the sources follow from the old ones, because they are linear.
+    The products after a round. A target becomes the mean of itself and the sources that join it. Products are linear,
+    so those of the mean follow from those of its members.
 
     Args:
-        targets: before the round.
-        sources: (batch, sources, width), all of them.
-        joining: (batch, number, width), those that join.
-        weights: (batch, number), theirs.
-        joined: (batch, number), the target that each joins.
+        known: before the round.
+        with_sources: (batch, number, sources), the products of the joining sources with all sources.
+        weights: (batch, number), of the joining sources.
+        joining: (batch, number), their numbers.
+        joined: (batch, number), the number of the target that each joins.
     """
-    numbers = torch.arange(targets.weights.shape[1], device=joined.device)
-    shares = (joined.unsqueeze(1) == numbers.unsqueeze(-1)) * weights.unsqueeze(1)  # (batch, targets, number)
-    total = targets.weights + shares.sum(-1)
-    shares, kept = shares / total.unsqueeze(-1), targets.weights / total
-    products = (sources @ joining.transpose(1, 2)) @ shares.transpose(1, 2)
-    return Targets(
-        kept.unsqueeze(-1) * targets.centres + shares @ joining, total, kept.unsqueeze(1) * targets.products + products
-    )
+    targets = torch.arange(known.target_weights.shape[1], device=joined.device)
+    shares = (joined.unsqueeze(2) == targets) * weights.unsqueeze(2)  # (batch, number, targets)
+    total = known.target_weights + shares.sum(1)
+    shares, kept = shares / total.unsqueeze(1), known.target_weights / total
+    products = kept.unsqueeze(1) * known.products + with_sources.transpose(1, 2) @ shares
+    # The new target with the old one, then with itself.
+    crosses = kept * known.target_squares + (shares * rows(known.products, joining)).sum(1)
+    squares = kept * crosses + (shares * rows(products, joining)).sum(1)
+    return Products(known.source_squares, squares, products, total)
 
 
 def split_evenly(number: int, num_parts: int) -> list[int]:
