@@ -17,8 +17,8 @@ from hpool_vit.image_processing_hpool_vit import MAX_ASPECT_RATIO, decode_image
 
 LIMIT = Image.MAX_IMAGE_PIXELS
 LONGEST_JPEG = 65_500
-# The promise of `docs/reliability.md`, for each pixel of an image as large as allowed.
-MOST_BYTES_PER_PIXEL = 32
+# For each pixel. `docs/reliability.md` promises less: other versions of the packages may need a little more.
+MOST_BYTES_PER_PIXEL = 20
 
 
 def of_mode(mode: str, color: Any, file_format: str, **options) -> Callable[[tuple[int, int], Path], None]:
