@@ -29,7 +29,7 @@ def train_pair_transform(
 
     Args:
         image_processor: its `size` has `height` and `width`.
-        scales (`tuple[float, float]`): the smallest and the largest scale; at 1 the image just covers the crop.
+        scales (`tuple[float, float]`): the smallest and the largest scale; at 1 the image just fits into the crop.
         horizontal_flip (`float`): the probability of a flip.
 
     Returns:
