@@ -65,22 +65,20 @@ DIFFRATE = {
         [197, 196, 194, 180, 150, 123, 98, 82, 68, 60, 52, 3],
         [197, 196, 192, 158, 133, 103, 88, 72, 64, 58, 49, 3],
     ),
-    "0.8 G": (
-        [197, 197, 196, 186, 166, 147, 117, 103, 92, 80, 74, 3],
-        [197, 196, 190, 172, 154, 125, 107, 96, 84, 78, 70, 3],
-    ),
     "0.9 G": (
         [197, 197, 196, 190, 182, 166, 141, 125, 113, 105, 99, 3],
         [197, 196, 194, 188, 172, 147, 129, 115, 107, 103, 96, 3],
     ),
-    "1.0 G": (
-        [197, 197, 196, 194, 188, 184, 178, 164, 156, 137, 129, 21],
-        [197, 197, 196, 190, 186, 154, 148, 156, 145, 135, 125, 21],
-    ),
 }
 
-NUMBERS_IN_EVERY_BLOCK = (8, 12, 16, 18)
-NUMBERS_OF_ATC = (40, 56, 62)
+# By method, how many tokens merge in every block; and for ATC, at each of three.
+IN_EVERY_BLOCK = {
+    "ToMe": (ToMe, (8, 12, 16, 18)),
+    "ToMe, class importance": (ImportanceToMe, (12, 16)),
+    "PiToMe": (PiToMe, (12, 16)),
+    "size-ranked (ATM)": (SizeRanked, (12, 16)),
+}
+NUMBERS_OF_ATC = (40, 56)
 
 # The ingredients of the rule, added one after the other to version 0.1 …
 ADDED = {
@@ -128,11 +126,8 @@ def leaderboard_rows() -> list[Row]:
     rows += [merging_row(OURS, schedule, RULE) for schedule in MANY_STAGES]
     rows += [merging_row(OURS_IN_FEW, schedule, RULE) for schedule in FEW_STAGES]
     rows += [merging_row(BEFORE, schedule, VERSION_01) for schedule in FEW_STAGES]
-    for number in NUMBERS_IN_EVERY_BLOCK:
-        rows.append(in_every_block("ToMe", ToMe, number))
-        rows.append(in_every_block("ToMe, class importance", ImportanceToMe, number))
-        rows.append(in_every_block("PiToMe", PiToMe, number))
-        rows.append(in_every_block("size-ranked (ATM)", SizeRanked, number))
+    for family, (method, numbers) in IN_EVERY_BLOCK.items():
+        rows += [in_every_block(family, method, number) for number in numbers]
     for number in NUMBERS_OF_ATC:
         schedule = dict.fromkeys((3, 6, 9), number)
         rows.append(Row("ATC", f"{number} at 3, 6, 9", functools.partial(ATC, num_merged=schedule)))
