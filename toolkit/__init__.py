@@ -9,6 +9,7 @@ from typing import Any
 
 # Each public name, and the module that is imported when you first use it.
 _MODULES = {
+    "Comparison": "conversion.compare",
     "ConversionError": "conversion.checkpoint",
     "ConversionReport": "conversion.building",
     "DataArguments": "data.sources",
@@ -16,6 +17,7 @@ _MODULES = {
     "SavedModelError": "shared.saved_model",
     "StageTrace": "inspection.trace",
     "block_macs": "inspection.trace",
+    "compare_with_source": "conversion.compare",
     "compute_metrics": "training.evaluation",
     "convert": "conversion.convert",
     "convert_hvt": "conversion.hvt",
@@ -26,6 +28,7 @@ _MODULES = {
     "draw_chart": "inspection.visualize",
     "export_model": "export.export",
     "final_report": "training.report",
+    "load_backbone": "dense.backbone",
     "load_digits_dataset": "data.digits",
     "load_image_data": "data.sources",
     "load_saved_classifier": "shared.saved_model",

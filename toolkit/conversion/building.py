@@ -9,6 +9,7 @@ import torch
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
 from .checkpoint import Checkpoint, ConversionError, square_or_pair
+from .compare import Comparison
 
 
 # Published widths whose heads are not 64 wide (ViT-So400m, -H, -g and -G).
@@ -24,16 +25,19 @@ class ConversionReport:
         dropped (`list[str]`): the names of the source's tensors that are not used.
         initialised (`list[str]`): the names of our parameters that start anew.
         notes (`list[str]`): what was assumed or changed.
+        comparison ([`Comparison`], *optional*): how close the features come to the source's, if that was asked.
     """
 
     dropped: list[str] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    comparison: Comparison | None = None
 
     def __str__(self) -> str:
         lines = [f"Dropped: {', '.join(self.dropped) or 'nothing'}."]
         lines += [f"Newly initialised: {', '.join(self.initialised) or 'nothing'}."]
-        return "\n".join([*lines, *self.notes])
+        lines += self.notes + ([str(self.comparison)] if self.comparison else [])
+        return "\n".join(lines)
 
 
 def fill_model(

@@ -15,6 +15,7 @@ from ..shared.files import check_output_dir, folder_written_whole
 from ..shared.options import MergeRatio, OutputDir, hvt_pool_option, image_size_option, parse_image_size
 from .building import ConversionReport
 from .checkpoint import Checkpoint, ConversionError, read_checkpoint, square_or_pair
+from .compare import NUM_IMAGES, compare_with_source
 from .hvt import convert_checkpoint, is_hvt
 from .image_processor import image_processor_for
 from .positions import STAGE_POSITIONS
@@ -36,6 +37,7 @@ DECIDED_BY_THE_PAPER = {
     "num_labels": "its head tells the number of classes",
     "image_size": "its position embeddings tell the image size",
     "seed": "nothing in it starts anew",
+    "architecture": "it says what it is",
 }
 
 
@@ -44,6 +46,9 @@ def convert(
     *,
     stage_positions: str | None = None,
     use_ema: bool = False,
+    architecture: str | None = None,
+    compare: str | Path | None = None,
+    compare_images: int = NUM_IMAGES,
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
     seed: int | None = None,
@@ -60,6 +65,10 @@ def convert(
             How the position embeddings of the new stages start: `"zero"`, the default, or `"pooled"`.
         use_ema (`bool`, defaults to `False`):
             Whether to take the moving average of the weights of a training checkpoint.
+        architecture (`str`, *optional*): timm's name of the model, for a file whose tensors do not tell.
+        compare (`str`, *optional*):
+            A folder of images: the report then says how close the pooled features come to the source's.
+        compare_images (`int`, defaults to 256): compare so many of these images, evenly spread over the folder.
         image_mean (`list[float]`, *optional*): the mean of the pixels, instead of the source's.
         image_std (`list[float]`, *optional*): the standard deviation of the pixels, instead of the source's.
         seed (`int`, *optional*): seed for new weights. Default: 0.
@@ -75,13 +84,24 @@ def convert(
     given = dict(config_overrides)
     given |= {"stage_positions": stage_positions} if stage_positions is not None else {}
     given |= {"seed": seed} if seed is not None else {}
+    given |= {"architecture": architecture} if architecture is not None else {}
     statistics = {"image_mean": image_mean, "image_std": image_std}
     statistics = {name: value for name, value in statistics.items() if value is not None}
     checkpoint = read_checkpoint(source, use_ema) if is_checkpoint_file(source) else None
     if checkpoint is not None and is_hvt(checkpoint):
+        if compare is not None:
+            raise ConversionError("`compare` does not apply: a checkpoint of the paper's code keeps its pooling.")
         return _convert_hvt(source, checkpoint, given, statistics)
-    vit = read_source(source, use_ema) if checkpoint is None else timm_source(checkpoint)
-    return _convert_vit(vit, given, statistics)
+    given.pop("architecture", None)
+    if checkpoint is None:
+        vit = read_source(source, use_ema, architecture)
+    else:
+        vit = timm_source(checkpoint, architecture=architecture)
+    model, processor, report = _convert_vit(vit, given, statistics)
+    if compare is not None:
+        has_trained_head = not any(name.startswith("classifier.") for name in report.initialised)
+        report.comparison = compare_with_source(model, processor, compare, compare_images, has_trained_head)
+    return model, processor, report
 
 
 def _convert_hvt(source: str | Path, checkpoint: Checkpoint, given: dict[str, Any], statistics: dict) -> Converted:
@@ -220,14 +240,24 @@ def command(
     use_ema: Annotated[
         bool, typer.Option("--use_ema", help="Take the moving average of a training checkpoint.")
     ] = False,
+    architecture: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="timm's name of the model in a file, if its tensors do not tell."),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGES", help="Compare the features with the source's on the images of this folder."),
+    ] = None,
+    compare_images: Annotated[int, typer.Option(help="The most images to compare.")] = NUM_IMAGES,
     seed: Annotated[int | None, typer.Option(help="Seed for new weights. Default: 0.")] = None,
 ) -> None:
     """
     Turn a trained ViT, or a checkpoint of the paper's code, into an HPool-ViT folder.
 
-    SOURCE is a folder or Hub id of Transformers' ViT (which DINO and many DeiT models use), DeiT, ViT-MSN or DINOv2,
-    or of timm's ViT or DeiT. It can also be a file (.pth, .bin, .safetensors) in timm's naming or from the paper's
-    training code. The command recognises what it is by the names of its tensors.
+    SOURCE is a folder or Hub id of Transformers' ViT (which DINO and many DeiT models use), DeiT, ViT-MSN, ViT-MAE,
+    I-JEPA, DINOv2, DINOv3, CLIP, MetaCLIP 2, SigLIP or SigLIP 2, or of timm's ViT, DeiT, EVA-02, DINOv3 or Perception
+    Encoder. It can also be a file (.pth, .bin, .safetensors) in timm's naming or from the paper's training code. The
+    command recognises what it is by its configuration or by the names of its tensors.
 
     A ViT keeps its weights and gets the pooling that you choose. A checkpoint of the paper's code becomes the same
     model with the same answers. The command prints what it dropped, initialised anew or assumed.
@@ -249,11 +279,13 @@ def command(
         "stage_positions": stage_positions,
         "num_labels": num_labels,
         "num_attention_heads": num_attention_heads,
+        "architecture": architecture,
+        "compare": compare,
         "seed": seed,
     }
     options |= {name: value for name, value in plain.items() if value is not None}
     options |= read_labels(labels) if labels else {}
-    model, image_processor, report = convert(source, use_ema=use_ema, **options)
+    model, image_processor, report = convert(source, use_ema=use_ema, compare_images=compare_images, **options)
     write_folder(output_dir, model, image_processor)
     print(report)
     print(describe(model.config))

@@ -253,6 +253,7 @@ class TransformersKind(NamedTuple):
         fixed: our fields that are the same for every model of the type.
         shapes: our names of tensors that have another shape, and what brings them into ours.
         tower: the field of the configuration that describes the vision tower, if there are two towers.
+        tower_class: the class of the vision tower, where `AutoModel` does not know it.
         image_processor: how it prepares images, for a folder that does not say.
         unneeded: the start of the names of tensors that a folder may lack.
         notes: what the user should know.
@@ -267,6 +268,7 @@ class TransformersKind(NamedTuple):
     fixed: dict[str, Any] = {}
     shapes: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {}
     tower: str | None = None
+    tower_class: str | None = None
     image_processor: dict[str, Any] | None = None
     unneeded: tuple[str, ...] = ("pooler.",)
     notes: tuple[str, ...] = ()
@@ -318,8 +320,8 @@ TRANSFORMERS_KINDS = {
     ),
     "clip": CLIP._replace(tower="vision_config"),
     "clip_vision_model": CLIP,
-    "metaclip_2": CLIP._replace(tower="vision_config"),
-    "metaclip_2_vision_model": CLIP,
+    "metaclip_2": CLIP._replace(tower="vision_config", tower_class="MetaClip2VisionModel"),
+    "metaclip_2_vision_model": CLIP._replace(tower_class="MetaClip2VisionModel"),
     "siglip": SIGLIP._replace(tower="vision_config"),
     "siglip_vision_model": SIGLIP,
     "siglip2": SIGLIP2._replace(tower="vision_config"),
@@ -336,12 +338,14 @@ class TimmKind(NamedTuple):
     Attributes:
         fields: our fields of the configuration.
         readout: what its head reads if neither the folder nor the tensors tell.
+        pools_prefix: whether its pooling reads class token and registers too.
         rotary_order: how it orders the channels of rotary positions, a name in `ROTARY_ORDERS`.
         refusal: why it cannot be converted.
     """
 
     fields: dict[str, Any] = {}
     readout: str | None = None
+    pools_prefix: bool | None = None
     rotary_order: str | None = None
     refusal: str | None = None
 
@@ -375,7 +379,7 @@ TIMM_KINDS: dict[str, TimmKind] = {
     r"_rope_ape_224": _rotary("columns_first_pairs", "index", 100.0),
     r"^vit_pe_": _rotary("columns_first_pairs", "index_from_one", 10000.0, 32, layer_norm_eps=1e-5),
     r"^vit_pe_(lang|spatial)_": TimmKind(readout="mean"),
-    r"^vit_pe_core_": TimmKind({"readout_num_heads": 8, "rope_grid": 24}),
+    r"^vit_pe_core_": TimmKind({"readout_num_heads": 8, "rope_grid": 24}, pools_prefix=True),
     r"^vit_pe_core_base_": TimmKind({"rope_grid": 14}),
     r"^vit_pe_.*_gigantic_": TimmKind({"num_attention_heads": 16, "rope_coordinates": "index", "rope_grid": 32}),
     r"_rope_mixed_": TimmKind(refusal="it learns the frequencies of its rotary positions, one set for each block"),

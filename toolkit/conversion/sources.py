@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig
 from transformers.utils import cached_file
@@ -35,7 +36,7 @@ from .kinds import (
 FILE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
 
 # What a checkpoint of two towers has beside the tower for images.
-NOT_VISION = ("text_", "visual_projection.", "logit_scale", "logit_bias")
+NOT_VISION = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 
 
 @dataclass
@@ -120,28 +121,48 @@ def _read_config(name: str) -> dict[str, Any]:
 
 def _read_transformers(name: str, kind: TransformersKind) -> Source:
     config = AutoConfig.from_pretrained(name)
-    vision = getattr(config, kind.tower) if kind.tower else config
     has_head = any("ForImageClassification" in architecture for architecture in config.architectures or [])
-    fields = {
-        ours: theirs(vision) if callable(theirs) else getattr(vision, theirs) for ours, theirs in kind.fields.items()
-    }
-    fields |= kind.fixed | (kind.head_features if has_head and kind.head_features else kind.features)
     if has_head:
-        fields |= {"id2label": config.id2label, "label2id": config.label2id}
         tensors = _load_tensors(name, config, AutoModelForImageClassification, kind)
     else:
-        tensors = _load_tensors(name, vision, AutoModel, kind)
-    notes = list(kind.notes)
-    if kind.tower and not has_head:
-        others = [tensor for tensor in tensors if tensor.startswith(NOT_VISION)]
-        tensors = {tensor: value for tensor, value in tensors.items() if tensor not in others}
-        notes.append(f"Dropped the text tower and the projections ({len(others)} tensors), which images do not need.")
+        tower_class = getattr(transformers, kind.tower_class) if kind.tower_class else AutoModel
+        tensors = _load_tensors(name, _tower_of(config, kind), tower_class, kind)
+    source = transformers_source(tensors, config, has_head)
+    size = source.fields["image_size"]
+    source.image_processor = read_image_processor(name, kind.image_processor, size, source.notes)
+    return source
+
+
+def _tower_of(config: PreTrainedConfig, kind: TransformersKind) -> PreTrainedConfig:
+    return getattr(config, kind.tower) if kind.tower else config
+
+
+def transformers_source(tensors: dict[str, torch.Tensor], config: PreTrainedConfig, has_head: bool) -> Source:
+    """
+    A ViT of Transformers, without its image processor.
+
+    Args:
+        tensors: its state dict.
+        config: its configuration, of a type in `TRANSFORMERS_KINDS`.
+        has_head: whether it has a head for image classification.
+    """
+    kind = TRANSFORMERS_KINDS[config.model_type]
+    vision = _tower_of(config, kind)
+    fields = _fields_of(vision, kind) | kind.fixed
+    fields |= kind.head_features if has_head and kind.head_readout else kind.features
+    if has_head:
+        fields |= {"id2label": config.id2label, "label2id": config.label2id}
+    others = [tensor for tensor in tensors if tensor.startswith(NOT_VISION)]
+    tensors = {tensor: value for tensor, value in tensors.items() if tensor not in others}
     checkpoint = Checkpoint(_in_our_names(tensors, kind, vision))
-    source = Source(checkpoint, (has_head and kind.head_readout) or kind.readout, fields, notes=notes)
+    source = Source(checkpoint, (has_head and kind.head_readout) or kind.readout, fields, notes=list(kind.notes))
+    if kind.tower and others:
+        source.notes.append(
+            f"Dropped the text tower and the projections ({len(others)} tensors), which images do not need."
+        )
     if source.readout == "attention" and "readout.probe" not in checkpoint:
         source.readout = "mean"
         source.notes.append("The source has no pooled features: these are the mean of the patches.")
-    source.image_processor = read_image_processor(name, kind.image_processor, fields["image_size"], source.notes)
     return source
 
 
@@ -207,6 +228,7 @@ def timm_source(
     arguments = config.get("model_args", {})
     source = Source(checkpoint, _timm_readout(checkpoint, config, kind), dict(kind.fields))
     source.rotary_order = kind.rotary_order
+    _check_pooled_tokens(source, arguments.get("pool_include_prefix", bool(kind.pools_prefix)))
     source.fields |= {ours: arguments[theirs] for theirs, ours in TIMM_ARGUMENTS.items() if theirs in arguments}
     if checkpoint.is_gated:
         source.fields["hidden_act"] = "silu"
@@ -228,6 +250,17 @@ def _check_architecture(architecture: str):
         )
     if refusal := timm_kind(architecture).refusal:
         raise ConversionError(f"`architecture={architecture!r}` cannot be converted: {refusal}.")
+
+
+def _check_pooled_tokens(source: Source, pools_prefix: bool):
+    """Raises a `ConversionError` where the readout takes other tokens than ours does."""
+    has_prefix = source.has_class_token or source.checkpoint.num_registers > 0
+    if has_prefix and (source.readout, pools_prefix) in (("attention", False), ("mean", True)):
+        tokens = "only patches" if source.readout == "attention" else "registers and class token too"
+        raise ConversionError(
+            f"The pooling of the source reads {tokens}, which no `readout` does: `{source.readout}` cannot be "
+            "converted."
+        )
 
 
 def _ask_for_architecture(checkpoint: Checkpoint):

@@ -42,7 +42,7 @@ REGISTERS = "hpool_vit.embeddings.register_tokens"
 # Tensors that a source loses nearly nothing without, under our names and timm's.
 DROPPABLE = (
     r"^(embeddings\.)?(mask|dist|distillation)_token$"
-    r"|^(pooler|decoder|head_dist|distillation_classifier|visual_projection)\.|^decoder_pos_embed$|^decoder\."
+    r"|^(pooler|decoder|head_dist|distillation_classifier)\.|^decoder_pos_embed$"
 )
 
 # Tensors of things that HPool-ViT does not have and that change what the source computes.

@@ -1,7 +1,8 @@
 """Each family of ViTs converts to a model that computes the same features and logits, and that pools and trains."""
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,16 @@ import torch
 import transformers
 from torch import nn
 
-from hpool_vit import HPoolViTForImageClassification
-from hpool_vit.toolkit.conversion.vit import convert_vit
+from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
+from hpool_vit.toolkit import export_model
+from hpool_vit.toolkit.conversion.building import ConversionReport
+from hpool_vit.toolkit.conversion.checkpoint import Checkpoint, refuse
+from hpool_vit.toolkit.conversion.convert import convert
+from hpool_vit.toolkit.conversion.kinds import TIMM_POOLS, timm_kind, timm_places
+from hpool_vit.toolkit.conversion.positions import split_positions
+from hpool_vit.toolkit.conversion.sources import Source, timm_source, transformers_source
+from hpool_vit.toolkit.conversion.vit import STRANGERS, build_config, convert_vit
+from hpool_vit.toolkit.shared.measuring import count_macs
 
 
 # A tiny tower of Transformers: 4 × 4 patches of 8 pixels.
@@ -51,14 +60,12 @@ class Family:
         features: the pooled features of the source for images.
         save: saves the source into a folder.
         sizes: other image sizes that the source takes and interpolates positions to as an HPool-ViT does.
-        changes: the same images as the source takes them, with what else it wants.
     """
 
     make: Callable[[], nn.Module]
     features: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     save: Callable[[nn.Module, Path], Any] = lambda model, folder: model.save_pretrained(folder)
     sizes: tuple[tuple[int, int], ...] = ()
-    expected: dict[str, Any] = field(default_factory=dict)
 
 
 def pooled(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -205,7 +212,9 @@ TIMM_FAMILIES = {
     "openai's clip of timm": timm_family("vit_base_patch32_clip_quickgelu_224"),
     "siglip of timm": timm_family("vit_base_patch16_siglip_224"),
     "siglip 2 of timm": timm_family("vit_so400m_patch16_siglip_256", mlp_ratio=2),
-    "vit with registers and map": timm_family("vit_so150m_patch16_reg4_map_256", reg_tokens=4),
+    "vit with registers and map": timm_family(
+        "vit_so150m_patch16_reg4_map_256", reg_tokens=4, pool_include_prefix=True
+    ),
     "eva": timm_family("eva_giant_patch14_224", mlp_ratio=2),
     "eva-02 tiny": timm_family("eva02_tiny_patch14_224", ref_feat_shape=(4, 4)),
     "eva-02 base": timm_family("eva02_base_patch14_224", ref_feat_shape=(7, 5)),
@@ -274,3 +283,222 @@ def test_they_are_the_same_for_images_of_another_size(family):
         expected = description.features(source, pixel_values)
         actual = answers(ours, pixel_values, interpolate_pos_encoding=True)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+POOLINGS = {
+    "merge": {"pool_mode": "merge", "hvt_pool": [1, 2], "merge_ratio": 0.25, "proportional_attention": True},
+    "max": {"pool_mode": "max", "hvt_pool": [1, 2], "pool_kernel_size": 2},
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS.values(), ids=list(POOLINGS))
+@pytest.mark.parametrize("name", TRUNKS)
+def test_with_pooling_it_trains_and_is_saved(name, pooling, tmp_path):
+    family = ALL[name]
+    family.save(randomize(family.make()), tmp_path / "source")
+    model, _ = convert_vit(tmp_path / "source", num_labels=3, **pooling)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    model.train()
+    model(pixel_values, labels=torch.tensor([0, 2])).loss.backward()
+    without_gradient = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without_gradient == []
+    before = model.classifier.weight.clone()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    assert not torch.equal(before, model.classifier.weight)
+    model.eval().save_pretrained(tmp_path / "saved")
+    loaded = HPoolViTForImageClassification.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        torch.testing.assert_close(answers(loaded, pixel_values), answers(model, pixel_values))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dinov3", "siglip"])
+def test_with_merging_it_is_exported(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    family = ALL[name]
+    family.save(randomize(family.make()), tmp_path / "source")
+    model, processor, _ = convert(str(tmp_path / "source"), num_labels=3, seed=0, **POOLINGS["merge"])
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    export_model(str(tmp_path / "model"), tmp_path / "exported")
+    session = onnxruntime.InferenceSession(next((tmp_path / "exported").glob("*.onnx")))
+    pixel_values = torch.randn(2, 3, 32, 32)
+    exported = session.run(None, {session.get_inputs()[0].name: pixel_values.numpy()})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(exported), answers(model, pixel_values), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TRUNKS)
+def test_merging_hardly_anything_changes_hardly_anything(name, tmp_path):
+    family = ALL[name]
+    family.save(randomize(family.make()), tmp_path / "source")
+    options = {"pool_mode": "merge", "hvt_pool": [1], "merge_ratio": 1e-3, "proportional_attention": True}
+    pixel_values = torch.randn(2, 3, 32, 32)
+    merging, unpooled = (convert_vit(tmp_path / "source", **given)[0] for given in (options, {"hvt_pool": None}))
+    torch.testing.assert_close(answers(merging, pixel_values), answers(unpooled, pixel_values), rtol=0, atol=1e-5)
+
+
+GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "image_size": 224, "patch_size": 14}
+SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 16,
+}
+DINOV3_PLUS = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "intermediate_size": 5120,
+    "use_gated_mlp": True,
+    "hidden_act": "silu",
+    "num_register_tokens": 4,
+}
+# Published sizes, and parameters of the source that the converted model does without.
+FULL_SIZES = {
+    "openai/clip-vit-base-patch32": (lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig()), ()),
+    "google/siglip2-so400m-patch16-384": (
+        lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SO400M)),
+        (),
+    ),
+    "facebook/dinov2-with-registers-giant": (
+        lambda: transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(**GIANT, use_swiglu_ffn=True)
+        ),
+        ("embeddings.mask_token",),
+    ),
+    "facebook/dinov3-vith16plus": (
+        lambda: transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**DINOV3_PLUS)),
+        ("embeddings.mask_token",),
+    ),
+    **{
+        f"timm/{name}": (lambda name=name: timm.create_model(name), ())
+        for name in (
+            "vit_base_patch16_reg4_gap_256",
+            "vit_large_patch14_clip_quickgelu_336",
+            "vit_so400m_patch14_siglip_378",
+            "vit_giant_patch14_dinov2",
+            "eva02_tiny_patch14_224",
+            "eva02_large_patch14_448",
+            "vit_pe_core_large_patch14_336",
+            "vit_pe_spatial_gigantic_patch14_448",
+            "vit_huge_plus_patch16_dinov3",
+            "vit_7b_patch16_dinov3",
+        )
+    },
+}
+
+
+def as_source(model: nn.Module) -> Source:
+    """What the converter reads from a folder of this model, without writing one."""
+    if isinstance(model, transformers.PreTrainedModel):
+        return transformers_source(model.state_dict(), model.config, has_head=False)
+    config = {"global_pool": model.global_pool, "pretrained_cfg": model.pretrained_cfg}
+    checkpoint = Checkpoint(dict(model.state_dict()), timm_places)
+    return timm_source(checkpoint, {**config, "architecture": model.pretrained_cfg["architecture"]})
+
+
+def config_of(source: Source) -> HPoolViTConfig:
+    report = ConversionReport()
+    return build_config(source, split_positions(source, None, report), {"hvt_pool": None}, report)
+
+
+@pytest.fixture
+def unfused_attention(monkeypatch):
+    """The counter sees products, and not what a kernel does."""
+    timm.layers.set_fused_attn(False)
+    yield
+    timm.layers.set_fused_attn(True)
+
+
+def macs(model: nn.Module, config: HPoolViTConfig) -> int:
+    pixel_values = torch.zeros(1, 3, *config.image_shape, device="meta")
+    # The counter follows gradients, which there are none of.
+    return count_macs(model.eval().requires_grad_(False), pixel_values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FULL_SIZES))
+def test_a_model_of_full_size_has_as_many_parameters_and_multiplications_as_its_source(name, unfused_attention):
+    make, unneeded = FULL_SIZES[name]
+    with torch.device("meta"):
+        source = make()
+        config = config_of(as_source(source))
+        ours = HPoolViTForImageClassification._from_config(config, attn_implementation="eager")
+    if isinstance(source, transformers.PreTrainedModel):
+        source.set_attn_implementation("eager")
+    dropped = sum(source.get_parameter(name).numel() for name in unneeded)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in source.parameters()) - dropped
+    assert macs(ours, config) == macs(source, config)
+
+
+def is_refused(architecture: str) -> bool:
+    return bool(timm_kind(architecture).refusal)
+
+
+def timm_architectures() -> list[str]:
+    """The ViTs of timm, but not the ones that are only for its tests."""
+    names = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]
+    return [name for name in names if not name.startswith("test_") and not is_refused(name)]
+
+
+@pytest.mark.slow
+def test_the_table_has_the_facts_of_each_architecture_of_timm():
+    """What the converter makes of each architecture's tensors and name is what the model of timm has."""
+    seen, refused = [], {}
+    for name in timm_architectures():
+        with torch.device("meta"):
+            model = timm.create_model(name, depth=1)
+        try:
+            source = as_source(model)
+            refuse(source.checkpoint, STRANGERS)
+            config = config_of(source)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        assert facts_of(config) == facts_of_timm(model), name
+        seen.append(name)
+    assert len(seen) > 150
+    # Blocks with parallel branches, and one attention pooling that leaves out the registers.
+    assert {name.partition("_patch")[0] for name in refused} <= {
+        *("vit_base", "vit_small", "vit_large", "vit_huge", "vit_pwee", "vit_so150m", "eva02_base", "eva02_large"),
+        *("beit3_base", "beit3_large", "beit3_giant"),
+    }
+    assert all(re.search(r"parallel|inside attention|reads only patches", reason) for reason in refused.values()), (
+        refused
+    )
+
+
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+
+
+def facts_of(config: HPoolViTConfig) -> dict[str, Any]:
+    names = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rope_theta")
+    facts = {name: getattr(config, name) for name in names} | {"readout": config.resolved_readout}
+    if config.rope_theta:
+        facts |= {"rope_coordinates": config.rope_coordinates, "rope_grid": config.rope_shape}
+    return facts
+
+
+def facts_of_timm(model: nn.Module) -> dict[str, Any]:
+    block = model.blocks[0]
+    facts = {
+        "hidden_act": ACTIVATIONS[type(block.mlp.act).__name__],
+        "layer_norm_eps": block.norm1.eps,
+        "num_attention_heads": block.attn.num_heads,
+        "rope_theta": None,
+        "readout": TIMM_POOLS[model.global_pool],
+    }
+    if (rope := getattr(model, "rope", None)) is not None:
+        centered = type(rope).__name__ == "RotaryEmbeddingDinoV3"
+        index = "index_from_one" if rope.grid_offset else "index"
+        grid = getattr(rope, "ref_feat_shape", None)
+        facts |= {
+            "rope_theta": rope.temperature,
+            "rope_coordinates": "centered" if centered else index,
+            "rope_grid": None if grid is None else tuple(grid),
+        }
+    return facts
