@@ -44,7 +44,7 @@ MODELS = {
     "merging, 30 % at 3, 5, 7, 9, last block only": {**MERGE, "merge_ratio": 0.3, "out_indices": [12]},
 }
 # Frozen: the head sees each map this often, against labels of this resolution times that of the map.
-FROZEN_EPOCHS, FROZEN_SCALE, FROZEN_RATE = 60, 4, 3e-3
+FROZEN_EPOCHS, FROZEN_SCALE, FROZEN_RATE = 20, 2, 3e-3
 TRUNK_RATE, HEAD_RATE, WEIGHT_DECAY = 1e-4, 1e-3, 0.05
 
 

@@ -97,12 +97,16 @@ class Predictions:
         for answers in self.classifier(images(), batch_size=self.batch_size, top_k=self.top_k):
             while waiting[0].reason:
                 yield waiting.popleft()
-            if all(math.isfinite(answer["score"]) for answer in answers):
-                waiting[0].answers = answers
-            else:
-                waiting[0].reason = "the model's answer is not a number"
+            self._take(waiting[0], answers)
             yield waiting.popleft()
         yield from waiting
+
+    def _take(self, prediction: Prediction, answers: list[dict[str, Any]]) -> None:
+        """Puts what the model says about a file into its prediction."""
+        if all(math.isfinite(answer["score"]) for answer in answers):
+            prediction.answers = answers
+        else:
+            prediction.reason = "the model's answer is not a number"
 
 
 def load_file(file: str, timeout: float, with_thumbnail: bool) -> tuple[Prediction, Image.Image | None]:

@@ -1,4 +1,4 @@
-"""Classify files, folders and web addresses: a function for programs, and the command `hpool-vit predict`."""
+"""Classify or segment files, folders and web addresses: a function for programs, and `hpool-vit predict`."""
 
 import sys
 from collections.abc import Iterable
@@ -11,11 +11,12 @@ from transformers import pipeline
 
 from ..shared.console import NotStartedError, needs, one_line, parse_value
 from ..shared.options import HvtPool, MergeRatio, Model, Speed
-from ..shared.saved_model import load_saved_classifier
+from ..shared.saved_model import load_saved_classifier, load_saved_segmenter, segments
 
 
 with needs("predict"):
     from .classify import Predictions
+    from .masks import Segmentations, Segmenter, mask_paths
     from .processes import choose_device, find_files
     from .writing import check_not_overwritten, check_targets, choose_format, write_predictions
 
@@ -30,12 +31,13 @@ def predict(
     timeout: float = 20,
     device: str | None = None,
     num_thumbnails: int = 0,
+    masks: str | Path | None = None,
     show_progress: bool = False,
     trust_remote_code: bool = False,
     **overrides: Any,
 ) -> Predictions:
     """
-    Classifies images. The predictions come while you iterate over the result:
+    Classifies images, or segments them. The predictions come while you iterate over the result:
 
         for prediction in predict("outputs/quickstart", ["photos", "https://example.org/dog.jpg"]):
             print(prediction.file, prediction.answers or prediction.reason)
@@ -53,6 +55,8 @@ def predict(
         timeout (`float`): seconds until an address must have sent everything.
         device (`str`, *optional*): `cpu`, `cuda`, `cuda:1`, `mps`, …. Default: an accelerator if there is one.
         num_thumbnails (`int`): how many of the first files keep a small picture for a contact sheet.
+        masks (`str`, *optional*): the folder for the masks of a segmentation model: PNG files whose pixels are the
+            numbers of the classes, shown in colours. Its answers are the classes and their shares of the image.
         show_progress (`bool`): whether to show a progress bar on standard error.
         trust_remote_code (`bool`): whether to run code in the model's folder. HPool-ViTs do not need it.
         overrides: fields of the configuration to change, such as `hvt_pool`, or one of the model's speeds: `speed`.
@@ -70,21 +74,30 @@ def predict(
         raise ValueError(f"`timeout={timeout}` must be more than 0 seconds.")
     state, torch_device = choose_device(device)
     files, notes = find_files(images, state)
-    classifier, image_processor, model_notes = load_saved_classifier(
-        model, trust_remote_code=trust_remote_code, **overrides
-    )
-    return Predictions(
-        pipeline("image-classification", model=classifier, image_processor=image_processor, device=torch_device),
-        files,
-        state,
-        top_k=top_k,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        timeout=timeout,
-        num_thumbnails=num_thumbnails,
-        show_progress=show_progress,
-        notes=notes + model_notes,
-    )
+    is_segmenter = segments(model, trust_remote_code=trust_remote_code)
+    if is_segmenter and masks is None:
+        raise ValueError(f"{model} segments images: give a folder for the `masks`.")
+    if masks is not None and not is_segmenter:
+        raise ValueError(
+            f"`masks={str(masks)!r}` is for models that segment images, and {model} is none: leave it out."
+        )
+    load = load_saved_segmenter if is_segmenter else load_saved_classifier
+    loaded, image_processor, model_notes = load(model, trust_remote_code=trust_remote_code, **overrides)
+    settings = {
+        "top_k": top_k,
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "timeout": timeout,
+        "num_thumbnails": num_thumbnails,
+        "show_progress": show_progress,
+        "notes": notes + model_notes,
+    }
+    if masks is not None:
+        segmenter = Segmenter(loaded, image_processor, torch_device)
+        check_not_overwritten(files, list(mask_paths(files, Path(masks)).values()))
+        return Segmentations(segmenter, files, state, masks=Path(masks), **settings)
+    classifier = pipeline("image-classification", model=loaded, image_processor=image_processor, device=torch_device)
+    return Predictions(classifier, files, state, **settings)
 
 
 def command(
@@ -99,6 +112,9 @@ def command(
     ] = None,
     contact_sheet: Annotated[
         Path | None, typer.Option(help="FILE.html or FILE.png for small pictures with their answers.")
+    ] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Folder for the masks, if the model segments images; needed then.")
     ] = None,
     max_contact_sheet: Annotated[int, typer.Option(help="How many files the sheet shows, the first ones.")] = 500,
     top_k: Annotated[int, typer.Option(help="Answers per file.")] = 5,
@@ -117,7 +133,10 @@ def command(
     disable_tqdm: Annotated[bool, typer.Option(help="Show no progress bar.")] = False,
 ) -> int:
     """
-    Classify files, folders (at any depth) and web addresses.
+    Classify files, folders (at any depth) and web addresses, or segment them.
+
+    A model for segmentation writes one PNG file per image into the folder --masks: its pixels are the numbers of the
+    classes, shown in colours. Its answers are the classes and their shares of the image.
 
     A file that is named twice is classified once. Files that cannot be used (missing, truncated, animated, enormous,
     not an image, …) are in the result with the reason and are listed at the end. They do not stop the others.
@@ -143,6 +162,7 @@ def command(
             timeout=timeout,
             device=device,
             num_thumbnails=max_contact_sheet if contact_sheet else 0,
+            masks=masks,
             show_progress=not disable_tqdm,
             trust_remote_code=trust_remote_code,
             **{name: parse_value(name, value) for name, value in given.items() if value is not None},

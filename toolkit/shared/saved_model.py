@@ -1,4 +1,4 @@
-"""Load a saved image classifier with its image processor, or say in one line what is wrong with it."""
+"""Load a saved classifier or segmenter with its image processor, or say in one line what is wrong with it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 from transformers.utils import logging
 
 # Importing the package also lets its classes load without `trust_remote_code`.
@@ -20,15 +25,25 @@ class SavedModelError(ValueError):
     """A folder without a usable classifier. The message is one line that names the folder and what to do."""
 
 
+def segments(name: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a saved folder, or an id on the Hub, holds a model for semantic segmentation."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError):
+        return False  # whoever loads the model says what is wrong
+    return any("SemanticSegmentation" in architecture for architecture in config.architectures or [])
+
+
 def load_saved_model(
-    name: str, *, trust_remote_code: bool = False, **overrides: Any
+    name: str, *, trust_remote_code: bool = False, auto_class: Any = AutoModelForImageClassification, **overrides: Any
 ) -> tuple[nn.Module, Any, list[str], list[str]]:
     """
-    Loads an image classifier and its image processor.
+    Loads an image classifier, or another model, and its image processor.
 
     Args:
         name: a saved folder, or an id on the Hub.
         trust_remote_code: whether code in the folder may run. HPool-ViTs do not need it.
+        auto_class: the Auto class that loads the model.
         overrides: arguments of `from_pretrained`, such as `speed`, and fields of the configuration to change, such as
             `hvt_pool`.
 
@@ -51,9 +66,7 @@ def load_saved_model(
     try:
         config = AutoConfig.from_pretrained(name, **trust)
         notes = _check_schedule(name, config, overrides)
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            name, output_loading_info=True, **trust, **overrides
-        )
+        model, loading = auto_class.from_pretrained(name, output_loading_info=True, **trust, **overrides)
         processor = AutoImageProcessor.from_pretrained(name, **trust)
     except SavedModelError:
         raise
@@ -85,6 +98,18 @@ def load_saved_classifier(
             model.
     """
     model, processor, notes, new = load_saved_model(name, trust_remote_code=trust_remote_code, **overrides)
+    check_weights(name, model, new)
+    _check_processor(name, model, processor)
+    return model, processor, notes
+
+
+def load_saved_segmenter(
+    name: str, *, trust_remote_code: bool = False, **overrides: Any
+) -> tuple[nn.Module, Any, list[str]]:
+    """As `load_saved_classifier`, for a model that gives each pixel a class."""
+    model, processor, notes, new = load_saved_model(
+        name, trust_remote_code=trust_remote_code, auto_class=AutoModelForSemanticSegmentation, **overrides
+    )
     check_weights(name, model, new)
     _check_processor(name, model, processor)
     return model, processor, notes

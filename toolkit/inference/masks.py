@@ -1,0 +1,89 @@
+"""Segment many files: the classes of the pixels as coloured masks, and the shares of the classes as answers."""
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..dense.pictures import overlay, save_mask
+from .classify import Predictions
+from .contact_sheet import make_thumbnail
+from .inputs import is_address
+from .outputs import Prediction
+
+
+class Segmenter:
+    """Gives each image the shares of its classes, largest first, and its mask. Called as a pipeline is."""
+
+    def __init__(self, model: nn.Module, image_processor: Any, device: torch.device):
+        self.model, self.image_processor, self.device = model.to(device), image_processor, device
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Iterable[Image.Image], batch_size: int, top_k: int
+    ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+        images = iter(images)
+        while batch := list(islice(images, batch_size)):
+            inputs = self.image_processor(batch, return_tensors="pt").to(self.device, self.model.dtype)
+            outputs = self.model(**inputs)
+            sizes = [(image.height, image.width) for image in batch]
+            finite = outputs.logits.isfinite().flatten(1).all(1)
+            masks = self.image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            for mask, is_finite in zip(masks, finite.tolist(), strict=True):
+                pixels = mask.cpu().numpy().astype(np.uint8)
+                yield (self.shares(pixels)[:top_k] if is_finite else [{"label": "", "score": np.nan}]), pixels
+
+    def shares(self, mask: np.ndarray) -> list[dict[str, Any]]:
+        names = self.model.config.id2label
+        counts = np.bincount(mask.ravel(), minlength=self.model.config.num_labels) / mask.size
+        order = np.argsort(-counts, kind="stable")
+        return [{"label": names[int(label)], "score": float(counts[label])} for label in order]
+
+
+@dataclass
+class Segmentations(Predictions):
+    """
+    Predictions whose answers are the classes of the image and their shares of its pixels, and that write masks while
+    you iterate.
+
+    Args:
+        masks: the folder of the masks. It has one PNG file per image, see `mask_paths`.
+    """
+
+    masks: Path = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.masks.mkdir(parents=True, exist_ok=True)
+        self.paths = mask_paths(self.files, self.masks)
+
+    def _take(self, prediction: Prediction, answers: Any) -> None:
+        shares, mask = answers
+        super()._take(prediction, shares)
+        if prediction.reason:
+            return
+        save_mask(mask, self.paths[prediction.file])
+        if prediction.thumbnail:
+            prediction.thumbnail = make_thumbnail(overlay(Image.open(io.BytesIO(prediction.thumbnail)), mask))
+
+
+def mask_paths(files: list[str], folder: Path) -> dict[str, Path]:
+    """For each file the path of its mask: the name of the file, with a number where several have the same."""
+    paths: dict[str, Path] = {}
+    taken: set[str] = set()
+    for file in files:
+        stem = (PurePosixPath(urlparse(file).path).stem or "image") if is_address(file) else Path(file).stem
+        name, number = stem, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.lower())
+        paths[file] = folder / f"{name}.png"
+    return paths
