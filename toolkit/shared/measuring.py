@@ -34,7 +34,8 @@ class Logits(nn.Module):
         return outputs if isinstance(outputs, torch.Tensor) else outputs.logits
 
 
-@torch.inference_mode()
+# The counter follows gradients through the modules, and fails at a parameter that is a module's input without them.
+@torch.enable_grad()
 def count_macs(model: nn.Module, image: torch.Tensor) -> int:
     """The multiply-accumulates of a model for `image`, a batch of one."""
     return count_call_macs(partial(model, image))
