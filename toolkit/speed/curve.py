@@ -35,7 +35,9 @@ def draw_panel(axes: Axes, record: dict[str, Any], name: str, title: str) -> Non
     whole = [row for row in tried if row["num_images"] == most]
     few = [row for row in tried if row["num_images"] < most]
     by_time = record["measure"] == "time"
-    for rows, size, label in ((few, 6, "tried on few images"), (whole, 14, f"tried on {most} images")):
+    groups = [(few, 6, "tried on few images"), (whole, 14, f"tried on {most} images")]
+    # The share of a few images says little.
+    for rows, size, label in groups[1:] if name == "agreement" else groups:
         axes.scatter([row["faster"] for row in rows], [row[name] for row in rows], s=size, color=TRIED, label=label)
     # The cost that the search minded, so that a point is in the place where it was looked for.
     places = [row["times_as_fast" if by_time else "times_fewer_macs"] for row in speeds]

@@ -40,6 +40,11 @@ class Differences:
         return None if self.agrees is None else self.agrees.float().mean().item()
 
 
+def rounded(value: float) -> float:
+    """Five significant digits: more would suggest a precision that nothing here has."""
+    return float(f"{value:.5g}")
+
+
 def losses_of(reference: torch.Tensor, outputs: torch.Tensor, has_head: bool) -> torch.Tensor:
     """The loss of each image, from logits or pooled outputs of shape (images, values)."""
     reference, outputs = reference.float(), outputs.float()

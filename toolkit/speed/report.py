@@ -14,7 +14,7 @@ from ..shared.console import hub_id
 from ..shared.folders import counted
 from ..shared.measuring import format_table
 from .costs import MacsCost, seconds_per_image
-from .evaluation import Differences, Evaluator
+from .evaluation import Differences, Evaluator, rounded
 from .inputs import Photos, read_labels
 from .schedules import Schedule, schedule_fields
 from .search import Search
@@ -30,11 +30,6 @@ def interval(losses: torch.Tensor) -> list[float]:
     drawn = torch.randint(len(losses), (NUM_RESAMPLES, len(losses)), generator=generator)
     quantiles = losses[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=losses.dtype))
     return [rounded(value) for value in quantiles.tolist()]
-
-
-def rounded(value: float) -> float:
-    """Five significant digits: more would suggest a precision that nothing here has."""
-    return float(f"{value:.5g}")
 
 
 def measure(

@@ -2,11 +2,12 @@
 
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from .evaluation import Evaluator
+from .evaluation import Evaluator, rounded
 from .schedules import Fitter, Parts, Schedule, moves, schedule_fields, seeds
 from .trials import Trial, TrialLog
 
@@ -17,6 +18,9 @@ GROUP = 12
 SHARES = (0.3, 0.15, 0.07, 0.03)
 # A candidate gets more images if it is not worse than this times the best on the same images.
 TOLERANCE = 1.03
+# The gain on all images must be so many of its standard errors. Of many neighbours that are as good, some always look
+# better on these images, and a search that followed them would fit the images and not the model.
+SURE = 2.0
 
 
 class BudgetSpent(Exception):
@@ -62,12 +66,24 @@ class Budget:
 
 @dataclass(frozen=True)
 class Tried:
-    """The mean loss and agreement of a schedule on the first `num_images` images."""
+    """The losses of a schedule on the first images, and the share of answers that are the same."""
 
     schedule: Schedule
-    num_images: int
-    loss: float
+    losses: tuple[float, ...]
     agreement: float | None
+
+    @property
+    def num_images(self) -> int:
+        return len(self.losses)
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.losses)
+
+    def is_surely_better(self, other: "Tried") -> bool:
+        """Whether it loses less than `other` on the same images by more than chance explains."""
+        gains = [theirs - own for own, theirs in zip(self.losses, other.losses, strict=True)]
+        return statistics.fmean(gains) > SURE * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
 @dataclass
@@ -118,15 +134,15 @@ class Search:
         # In case the budget is used up before anything was tried on all images.
         best = candidates[0]
         try:
-            best = self.choose(candidates, None)
+            best = self.choose_start(candidates)
             for share in SHARES:
                 best = self.descend(fitter, limit, best, share, order)
         except BudgetSpent:
-            # The best so far may not have met all images yet.
+            # It may not have met all images yet.
             self.budget.share, share_before = math.inf, self.budget.share
             self.try_out(best, len(self.ends) - 1)
             self.budget.share = share_before
-        return self.best_within(fitter, limit) or best
+        return best
 
     def descend(self, fitter: Fitter, limit: float, best: Schedule, share: float, order: random.Random) -> Schedule:
         """Moves to better neighbours until there are none."""
@@ -137,7 +153,7 @@ class Search:
             order.shuffle(neighbours)
             for start in range(0, len(neighbours), GROUP):
                 chosen = self.choose(neighbours[start : start + GROUP], best)
-                if chosen != best:
+                if chosen is not None:
                     best, improved = chosen, True
                     break
         return best
@@ -147,17 +163,26 @@ class Search:
         schedules = (fitter.fit(parts, limit) for parts in candidates)
         return list(dict.fromkeys(schedule for schedule in schedules if schedule is not None))
 
-    def choose(self, candidates: list[Schedule], best: Schedule | None) -> Schedule:
-        """The best of the candidates and `best`. Few images tell which candidates get more, a third each time."""
+    def choose_start(self, candidates: list[Schedule]) -> Schedule:
+        """The best of the candidates. Few images tell which of them get more, a third each time, but four at least."""
         for level in range(len(self.ends)):
-            tried = {schedule: self.try_out(schedule, level).loss for schedule in candidates}
-            ranked = sorted(candidates, key=tried.__getitem__)
-            last = level == len(self.ends) - 1
-            if best is not None:
-                bar = self.try_out(best, level).loss
-                ranked = [schedule for schedule in ranked if tried[schedule] < bar * (1 if last else TOLERANCE)]
-            candidates = ranked if last else ranked[: max(len(candidates) // 3, 1)]
-        return candidates[0] if candidates else best
+            ranked = self.ranked(candidates, level)
+            candidates = [tried.schedule for tried in ranked[: max(len(ranked) // 3, 4)]]
+        return ranked[0].schedule
+
+    def choose(self, candidates: list[Schedule], best: Schedule) -> Schedule | None:
+        """The best of the candidates if it is surely better than `best`."""
+        for level in range(len(self.ends) - 1):
+            bar = TOLERANCE * self.try_out(best, level).loss
+            ranked = self.ranked(candidates, level)[: max(len(candidates) // 3, 1)]
+            candidates = [tried.schedule for tried in ranked if tried.loss < bar]
+        known = self.try_out(best, len(self.ends) - 1)
+        better = (tried for tried in self.ranked(candidates, len(self.ends) - 1) if tried.is_surely_better(known))
+        return next((tried.schedule for tried in better), None)
+
+    def ranked(self, candidates: list[Schedule], level: int) -> list[Tried]:
+        """The candidates on as many images as the level has, from the best to the worst."""
+        return sorted((self.try_out(schedule, level) for schedule in candidates), key=lambda tried: tried.loss)
 
     def try_out(self, schedule: Schedule, level: int) -> Tried:
         """The schedule on as many images as the level has."""
@@ -165,9 +190,9 @@ class Search:
         return self.summed(schedule, trials)
 
     def summed(self, schedule: Schedule, trials: list[Trial]) -> Tried:
-        num_images = self.ends[len(trials) - 1]
-        agrees = None if trials[0].agrees is None else sum(trial.agrees for trial in trials) / num_images
-        return Tried(schedule, num_images, sum(trial.loss for trial in trials) / num_images, agrees)
+        losses = tuple(loss for trial in trials for loss in trial.losses)
+        agrees = None if trials[0].agrees is None else sum(trial.agrees for trial in trials) / len(losses)
+        return Tried(schedule, losses, agrees)
 
     def trial(self, schedule: Schedule, piece: int) -> Trial:
         """The trial of a piece of the images: those that one level has more than the level before."""
@@ -180,7 +205,8 @@ class Search:
             differences = self.evaluator.evaluate(schedule_fields(schedule, self.num_patches), start, end)
             agrees = None if differences.agrees is None else int(differences.agrees.sum())
             now = time.monotonic()
-            self.log.add(Trial(schedule, piece, differences.losses.sum().item(), agrees, now - self.clock))
+            losses = tuple(map(rounded, differences.losses.tolist()))
+            self.log.add(Trial(schedule, piece, losses, agrees, now - self.clock))
         self.clock = time.monotonic()
         self.used.add(key)
         self.budget.charge(self.log.trials[key])
@@ -192,9 +218,3 @@ class Search:
         for schedule, piece in sorted(self.used):
             pieces.setdefault(schedule, []).append(self.log.trials[schedule, piece])
         return [self.summed(schedule, trials) for schedule, trials in pieces.items()]
-
-    def best_within(self, fitter: Fitter, limit: float) -> Schedule | None:
-        """Of all that was tried on all images, what loses least within the limit."""
-        whole = [tried for tried in self.tried() if tried.num_images == self.ends[-1]]
-        allowed = [tried for tried in whole if fitter.cost(tried.schedule) <= limit]
-        return min(allowed, key=lambda tried: tried.loss).schedule if allowed else None

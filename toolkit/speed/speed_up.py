@@ -19,9 +19,9 @@ from ..shared.figures import save_figure
 from ..shared.files import check_output_dir, folder_written_whole, read_json, write_json
 from ..shared.options import OutputDir
 from .costs import MacsCost, TimeCost, seconds_per_image
-from .evaluation import Evaluator
+from .evaluation import Evaluator, rounded
 from .inputs import ENOUGH_IMAGES, Photos, load_model, load_photos
-from .report import PICTURE, RECORD, describe_machine, describe_search, rounded, speed_name, summary, write_card
+from .report import PICTURE, RECORD, describe_machine, describe_search, speed_name, summary, write_card
 from .report import measure as measure_speeds
 from .schedules import Fitter, Schedule, schedule_fields
 from .search import Budget, Search

@@ -21,20 +21,21 @@ class Trial:
     Attributes:
         schedule: blocks, and how many tokens merge there.
         piece: which images, as the number of a piece of them.
-        loss: the sum of their losses.
+        losses: the loss of each.
         agrees: how many answers are the same; None without a head.
         seconds: what it took.
     """
 
     schedule: Schedule
     piece: int
-    loss: float
+    losses: tuple[float, ...]
     agrees: int | None
     seconds: float
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Trial":
-        return cls(**{**content, "schedule": tuple(map(tuple, content["schedule"]))})
+        schedule, losses = tuple(map(tuple, content["schedule"])), tuple(content["losses"])
+        return cls(**{**content, "schedule": schedule, "losses": losses})
 
 
 class TrialLog:

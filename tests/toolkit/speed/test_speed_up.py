@@ -297,6 +297,7 @@ def test_a_speed_is_refused_for_models_that_have_none(photos, tmp_path, capsys):
     assert "--speed is for HPool-ViTs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_goes_on(source, photos, tmp_path):
     output_dir = tmp_path / "faster"
     words = ["speed-up", source, "--images", photos, "--output_dir", output_dir, "--trials", "400", "--faster", "2"]
