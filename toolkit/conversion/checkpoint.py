@@ -3,7 +3,7 @@
 import argparse
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Checkpoint:
     """
 
     tensors: dict[str, torch.Tensor]
-    places_of: Callable[[str], list[Place]] = lambda name: [Place(name)]
+    places_of: Callable[[str], Sequence[Place]] = lambda name: [Place(name)]
     args: dict = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
 
@@ -183,7 +183,7 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | Path, use_ema: bool = False, places_of: Callable[[str], list[Place]] = timm_places
+    path: str | Path, use_ema: bool = False, places_of: Callable[[str], Sequence[Place]] = timm_places
 ) -> Checkpoint:
     """
     Reads a `.safetensors` file, a bare state dict or a training checkpoint. From a pickle, only tensors, plain

@@ -5,6 +5,7 @@ do not tell.
 
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -100,14 +101,15 @@ TIMM_PLACES: tuple[tuple[str, str, int | None, int], ...] = (
 )
 
 
-def timm_places(name: str) -> list[Place]:
+@cache
+def timm_places(name: str) -> tuple[Place, ...]:
     """Where timm's models may hold one of our parameters. The paper's code uses the same names."""
     places = [
         Place(re.sub(pattern, theirs, name), part, parts)
         for pattern, theirs, part, parts in TIMM_PLACES
         if re.fullmatch(pattern, name)
     ]
-    return [*places, Place(rename(name, TIMM_NAMES))]
+    return (*places, Place(rename(name, TIMM_NAMES)))
 
 
 def hvt_name(name: str) -> Place:

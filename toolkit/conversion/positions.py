@@ -138,7 +138,7 @@ def _pool_positions(config: HPoolViTConfig, positions: torch.Tensor) -> dict[int
     """What each stage with position embeddings makes of the model's first ones, by block."""
     lengths, pooled = config.stage_positions(), {}
     for schedule in config.schedules if lengths else []:
-        tokens = Tokens(positions.float(), num_prefix_tokens=int(config.use_class_token))
+        tokens = Tokens(positions.float(), num_prefix_tokens=int(config.use_class_token), grid=config.patch_grid())
         for block in schedule:
             # A new stage adds zeros.
             tokens = POOLINGS[config.pool_mode](config.with_schedule(schedule), block)(tokens)

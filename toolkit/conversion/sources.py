@@ -231,8 +231,8 @@ def timm_source(
     _check_pooled_tokens(source, arguments.get("pool_include_prefix", bool(kind.pools_prefix)))
     source.fields |= {ours: arguments[theirs] for theirs, ours in TIMM_ARGUMENTS.items() if theirs in arguments}
     if checkpoint.is_gated:
-        source.fields["hidden_act"] = "silu"
-    elif activation := source.fields.get("hidden_act"):
+        source.fields.setdefault("hidden_act", "silu")
+    if activation := source.fields.get("hidden_act"):
         source.fields["hidden_act"] = TIMM_ACTIVATIONS.get(activation, activation)
     if "fc_norm.weight" in checkpoint.tensors:
         source.fields["norm_after_pooling"] = True

@@ -109,7 +109,7 @@ class TestTimm:
             ("vit_tiny_patch16_224", {"mlp_ratio": 3, "in_chans": 1}),
             ("vit_tiny_patch16_224", {"qk_norm": True}),
             ("vit_tiny_patch16_224", {"scale_mlp_norm": True}),
-            ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.SwiGLUPacked}),
+            ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}),
             ("vit_tiny_patch16_224", {"reg_tokens": 3}),
             ("vit_tiny_patch16_224", {"reg_tokens": 3, "no_embed_class": True}),
         ],
@@ -352,6 +352,14 @@ class TestPooling:
         for block in ("1", "2"):
             expected = nn.functional.avg_pool1d(expected, 3, 2)
             torch.testing.assert_close(ours.hpool_vit.pooling[block].position_embeddings.transpose(1, 2), expected)
+
+    def test_stages_on_the_grid_can_start_from_pooled_positions_too(self, tmp_path):
+        theirs = timm_model()
+        window = {"pool_kernel_size": (2, 2), "pool_stride": (2, 2)}
+        ours, _ = convert(theirs, tmp_path, hvt_pool=[2], pool_mode="avg", stage_positions="pooled", **window)
+        grid = theirs.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (8, 8))
+        expected = nn.functional.avg_pool2d(grid, 2).flatten(2)
+        torch.testing.assert_close(ours.hpool_vit.pooling["2"].position_embeddings.transpose(1, 2), expected)
 
     @pytest.mark.parametrize("stage_positions", ["zero", "pooled"])
     def test_each_schedule_of_several_gets_its_stages(self, tmp_path, stage_positions):
