@@ -220,7 +220,7 @@ VIT_FIELDS: dict[str, Field] = TOWER_FIELDS | {
 DINOV2_FIELDS: dict[str, Field] = VIT_FIELDS | {
     "hidden_act": lambda config: "silu" if config.use_swiglu_ffn else config.hidden_act,
 }
-DINOV3_FIELDS: dict[str, Field] = TOWER_FIELDS | {"rope_theta": "rope_theta", "drop_path_rate": "drop_path_rate"}
+DINOV3_FIELDS: dict[str, Field] = TOWER_FIELDS | {"rope_theta": "rope_theta"}
 SIGLIP2_FIELDS: dict[str, Field] = TOWER_FIELDS | {
     "image_size": lambda config: int(config.num_patches**0.5) * config.patch_size,
 }
