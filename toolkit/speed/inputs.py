@@ -70,6 +70,8 @@ def is_hpool_vit(name: str) -> bool:
 
 def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:
     config = HPoolViTConfig.from_pretrained(name)
+    if any("SemanticSegmentation" in architecture for architecture in config.architectures or []):
+        raise SavedModelError(f"{name} segments images: a search compares the answers of classifiers, and features.")
     pools = POOL_MODES[config.pool_mode].has_positions and config.hvt_pool
     if pools:
         raise SavedModelError(

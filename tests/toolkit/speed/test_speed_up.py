@@ -11,14 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_command, tiny_model
+from helpers import run_command, tiny_config, tiny_model
 from image_files import BAD_FILES, picture, write_folder
 from PIL import Image
 from transformers import AutoModel, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
-from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor, HPoolViTModel
+from hpool_vit import (
+    HPoolViTForImageClassification,
+    HPoolViTForSemanticSegmentation,
+    HPoolViTImageProcessor,
+    HPoolViTModel,
+)
 from hpool_vit.toolkit import block_macs, model_stats, predict, speed_up
 from hpool_vit.toolkit.command import main
+from hpool_vit.toolkit.export import export
 from hpool_vit.toolkit.speed import costs, report
 from hpool_vit.toolkit.speed import speed_up as speed_up_module
 from hpool_vit.toolkit.speed.costs import MacsCost, TimeCost
@@ -334,3 +340,46 @@ def test_a_full_disk_ends_a_search_in_one_line_and_what_was_tried_stays(source, 
         # Everything that is needed was tried already.
         main(["speed-up", *map(str, words)])
     assert [path.name for path in tmp_path.iterdir()] == ["faster"]
+
+
+def test_the_page_offers_the_speeds(made, photos):
+    pytest.importorskip("gradio")
+    from hpool_vit.toolkit.demo.markup import pooled_blocks
+    from hpool_vit.toolkit.demo.models import ServedModel
+
+    output_dir, _ = made
+    model = ServedModel(output_dir)
+    assert [schedule.speed for schedule in model.schedules] == [2, 1.5, 1]
+    assert model.saved_position == 0
+    assert pooled_blocks(model.schedules[0]).startswith("Speed 2, pooling at block")
+    inputs = model.prepare(Image.open(photos / "ant" / "0.png").convert("RGB"))
+    for position, schedule in [*enumerate(model.schedules), (0, model.schedules[0])]:
+        alone = HPoolViTForImageClassification.from_pretrained(output_dir, speed=schedule.speed).eval()
+        expected = alone(inputs).logits.softmax(-1)
+        torch.testing.assert_close(model.classify(inputs, position).probabilities, expected)
+
+
+def test_what_is_exported_is_the_model_at_the_speed_that_is_asked_for(made):
+    output_dir, record = made
+    for speed, name in ((1.5, "1.5"), (None, "2")):
+        model, _ = export.load(str(output_dir), for_onnx=True, speed=speed)
+        assert model.config.hvt_pool == record["speeds"][name]["hvt_pool"]
+
+
+@pytest.mark.slow
+def test_an_exported_model_has_the_speed_that_is_asked_for(made, tmp_path):
+    output_dir, _ = made
+    words = [output_dir, "--format", "torch_export", "--speed", 1.5, "--output_dir", tmp_path / "exported"]
+    main(["export", *map(str, words)])
+    assert json.loads((tmp_path / "exported" / "export.json").read_text())["speed"] == 1.5
+    program = torch.export.load(tmp_path / "exported" / "model.pt2").module()
+    pixel_values = torch.randn(2, 3, 32, 32)
+    model = HPoolViTForImageClassification.from_pretrained(output_dir, speed=1.5).eval()
+    torch.testing.assert_close(program(pixel_values), model(pixel_values).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_that_segments_is_refused(photos, tmp_path, capsys):
+    model = HPoolViTForSemanticSegmentation(tiny_config(**MERGE))
+    save(tmp_path / "masks", model)
+    message = fail(capsys, tmp_path / "masks", "--images", photos, "--output_dir", tmp_path / "faster")
+    assert "segments images" in message
