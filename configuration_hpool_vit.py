@@ -16,6 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 LN_ORDERS = ("pre", "post", "residual")
 PATCHIFY_TECHNIQUES = ("linear", "convolutional")
+MERGE_RULES = ("distance", "importance")
 ROPE_COORDINATES = ("centered", "index", "index_from_one")
 
 # What the pooled output may be, and how many times as wide as the tokens it is.
@@ -221,6 +222,10 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
         merge_ratio (`float` or `list[float]`, defaults to 0.5):
             Share of the tokens that `"merge"` removes at each block in `hvt_pool`, in (0, 0.5]; one number, or one per
             entry.
+        merge_rule (`str`, defaults to `"distance"`):
+            Which tokens `"merge"` joins: `"distance"`: those that are nearest to each other, as in version 0.1.
+            `"importance"`: also by what the model looks at, which keeps more of a trained model; the converter
+            chooses it.
         proportional_attention (`bool`, defaults to `False`):
             Whether attention weighs a merged token by the number of patches it stands for.
         use_class_token (`bool`, defaults to `False`):
@@ -338,6 +343,7 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
     pool_kernel_size: int | list[int] | tuple[int, int] = 3
     pool_stride: int | list[int] | tuple[int, int] = 2
     merge_ratio: float | int | list[float] | tuple[float, ...] = 0.5
+    merge_rule: str = "distance"
     proportional_attention: bool = False
     use_class_token: bool = False
     num_register_tokens: int = 0
@@ -488,6 +494,16 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def resolved_readout(self) -> str:
         """What the pooled output is, a name in `READOUTS`."""
         return self.readout or ("class_token" if self.use_class_token else "mean")
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the pooled output comes from the class token."""
+        return self.resolved_readout.startswith("class_token")
+
+    @property
+    def importance_needs_keys(self) -> bool:
+        """Whether the importance of tokens depends on more than one product with each of them."""
+        return self.use_qk_norm or (self.rope_theta is not None and self.reads_class_token)
 
     @property
     def pooled_size(self) -> int:
@@ -721,6 +737,7 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
             ("ln_order", LN_ORDERS),
             ("patchify_technique", PATCHIFY_TECHNIQUES),
             ("pool_mode", POOL_MODES),
+            ("merge_rule", MERGE_RULES),
             ("hidden_act", ACT2FN),
             ("rope_coordinates", ROPE_COORDINATES),
             ("readout", (None, *READOUTS)),
@@ -729,7 +746,7 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` is unknown: choose one of {', '.join(map(str, choices))}."
                 )
-        if self.resolved_readout.startswith("class_token") and not self.use_class_token:
+        if self.reads_class_token and not self.use_class_token:
             raise ValueError(f"`readout={self.readout!r}` needs `use_class_token=True`.")
         if self.norm_after_pooling:
             self._check_norm_after_pooling()

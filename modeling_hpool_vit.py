@@ -277,6 +277,30 @@ class HPoolViTAttention(nn.Module):
         )
         return self.dropout(self.o_proj(hidden_states.flatten(2))), attentions
 
+    def log_importance(
+        self,
+        reader: torch.Tensor,
+        hidden_states: torch.Tensor,
+        num_prefix_tokens: int,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        The mean over heads of the scores that a query of `reader`, of shape `(batch_size, 1, hidden_size)`, gives to
+        the tokens after the first `num_prefix_tokens`, as a logarithm of attention: `(batch_size, num_patch_tokens)`.
+        """
+        patches, query = hidden_states[:, num_prefix_tokens:], self.q_proj(reader)
+        scaling = self.scaling * self.head_dim / query.shape[-1]
+        if not self.config.importance_needs_keys and type(self.k_proj) is nn.Linear:
+            # q · (W x) = (Wᵀ q) · x: the sum over all heads needs no keys.
+            return (patches @ (query @ self.k_proj.weight).transpose(1, 2)).squeeze(2).float() * scaling
+        query, key = (
+            norm(states.unflatten(2, (-1, self.head_dim)).transpose(1, 2))
+            for norm, states in ((self.q_norm, query), (self.k_norm, self.k_proj(patches)))
+        )
+        if position_embeddings is not None:
+            key = rotate(key, *(part[:, :, num_prefix_tokens:] for part in position_embeddings))
+        return (query * key).sum((1, 3)).float() * scaling
+
 
 class HPoolViTMLP(nn.Module):
     def __init__(self, config: HPoolViTConfig):
@@ -376,6 +400,32 @@ class HPoolViTLayer(GradientCheckpointingLayer):
         """The model's hidden states, from the tokens that the last block returns and the final LayerNorm."""
         return layernorm(tokens.hidden_states)
 
+    def attention_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What attention sees of the first stream."""
+        return hidden_states
+
+    @torch.no_grad()
+    def log_importance(
+        self,
+        tokens: Tokens,
+        reads_class_token: bool,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        The logarithm of the attention in this block that one patch of each patch token gets, from the class token or
+        from all patches alike: the geometric mean over heads and queries, up to a constant for each image, of shape
+        `(batch_size, num_patch_tokens)`.
+        """
+        # FSDP2 gathers the weights of a block only for its forward pass.
+        if callable(unshard := getattr(self, "unshard", None)):
+            unshard()
+        states = tokens.hidden_states.detach().to(self.layernorm_before.weight.dtype)
+        states = self.attention_input(states)
+        if reads_class_token:
+            return self.attention.log_importance(states[:, :1], states, tokens.num_prefix_tokens, position_embeddings)
+        reader = mean_over_patches(tokens.with_streams((states,))).unsqueeze(1)
+        return self.attention.log_importance(reader, states, tokens.num_prefix_tokens)
+
     def attention_branch(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.drop_path(self.layer_scale1(self.attention(hidden_states, **kwargs)[0]))
 
@@ -385,6 +435,10 @@ class HPoolViTLayer(GradientCheckpointingLayer):
 
 class HPoolViTPreNormLayer(HPoolViTLayer):
     """x += A(LN1(x)); x += M(LN2(x))."""
+
+    def attention_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.layernorm_before(hidden_states)
+        return normed
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Streams:
         hidden_states = hidden_states + self.attention_branch(self.layernorm_before(hidden_states), **kwargs)
@@ -690,6 +744,12 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         mask = proportional_attention_mask(self.config, tokens)
         return {"attention_mask": mask, "position_embeddings": rotation}
 
+    def with_importance(self, tokens: Tokens, layer: Any, position_embeddings: Any) -> Tokens:
+        """The tokens with what attention in the block `layer` thinks of them."""
+        return tokens._replace(
+            log_importance=layer.log_importance(tokens, self.config.reads_class_token, position_embeddings)
+        )
+
     def encode(
         self, pixel_values: Any, interpolate_pos_encoding: bool, keep: Collection[int] = (), **kwargs: Any
     ) -> tuple[Tokens, dict[int, Tokens]]:
@@ -708,6 +768,8 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         stages = self.pooling.in_use()
         for index, layer in enumerate(self.layers):
             if index in stages:
+                if stages[index].needs_importance:
+                    tokens = self.with_importance(tokens, layer, attention_inputs["position_embeddings"])
                 tokens = stages[index](tokens, interpolate_pos_encoding)
                 attention_inputs = self.attention_inputs(tokens)
             tokens = tokens.with_streams(layer(*tokens.streams, **attention_inputs, **kwargs))

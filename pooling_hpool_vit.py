@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_hpool_vit import HPoolViTConfig, Shape, windows_shape
+from .merging_hpool_vit import MERGE_RULES, DistanceRule, Groups, group
 
 
 # The hidden states that a block takes and returns: one stream, or two for `ln_order="residual"`. Each has the shape
@@ -33,6 +34,9 @@ class Tokens(NamedTuple):
             along the row of tokens have mixed the rows of the image.
         assignment (`torch.LongTensor` of shape `(batch_size, rows * columns)`, *optional*): the patch token of each
             cell, after tokens have merged; None: the patch tokens are the cells.
+        log_importance (`torch.FloatTensor` of shape `(batch_size, num_patch_tokens)`, *optional*): the logarithm of
+            the attention that one patch of each token gets in the next block, up to a constant for each image; only
+            on the way into a stage that needs it.
     """
 
     hidden_states: torch.Tensor
@@ -42,6 +46,7 @@ class Tokens(NamedTuple):
     coordinates: torch.Tensor | None = None
     grid: tuple[int, int] | None = None
     assignment: torch.Tensor | None = None
+    log_importance: torch.Tensor | None = None
 
     @property
     def patch_tokens(self) -> torch.Tensor:
@@ -100,10 +105,12 @@ class HPoolViTStage(nn.Module):
     Attributes:
         fields (`tuple[str, ...]`): the fields of the configuration that only this mode reads.
         partitions (`bool`): whether each token goes into exactly one token of the next stage.
+        needs_importance (`bool`): whether the tokens must come with `log_importance`.
     """
 
     fields: tuple[str, ...] = ()
     partitions = False
+    needs_importance = False
 
     def __init__(self, config: HPoolViTConfig, block: int):
         super().__init__()
@@ -192,55 +199,68 @@ class HPoolViTAvgPooling(HPoolViTPooling):
 
 
 class HPoolViTMerging(HPoolViTStage):
-    """
-    Pooling by similarity (after ToMe, arXiv 2210.09461, Section 3): the tokens at odd positions that are nearest to a
-    token at an even position join it. ToMe merges in every block by the cosine of keys. With few stages, the distance
-    of hidden states, which is what a merge loses, keeps more of a trained model (docs/results/warm_start.md).
-    """
+    """Pooling by similarity: tokens join others as a rule in [`merging_hpool_vit.MERGE_RULES`] says."""
 
-    fields = ("merge_ratio", "proportional_attention")
+    fields = ("merge_ratio", "merge_rule", "proportional_attention")
     partitions = True
+
+    def __init__(self, config: HPoolViTConfig, block: int):
+        super().__init__(config, block)
+        self.rule = MERGE_RULES[config.merge_rule]()
+        self.needs_importance = self.rule.needs_importance
 
     @staticmethod
     def macs(config: HPoolViTConfig, before: int, after: int, num_streams: int) -> int:
         if after == before:
             return 0
-        # The distances of sources and targets, and the means.
-        return config.hidden_size * ((before // 2) * (before - before // 2) + num_streams * before * after)
+        rule, width = MERGE_RULES[config.merge_rule], config.hidden_size
+        macs = rule.macs(before, after, width) + num_streams * rule.mean_macs(before, after, width)
+        if config.rope_theta:
+            macs += DistanceRule.mean_macs(before, after, width=2)
+        return macs + (importance_macs(config, before) if rule.needs_importance else 0)
 
     def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
         groups = self.groups(tokens)
         if groups is None:
             return tokens
-        sizes = torch.ones_like(groups, dtype=torch.float32) if tokens.sizes is None else tokens.sizes
-        numbers = torch.arange(groups.shape[1] - self.num_merged(groups.shape[1]), device=groups.device)
+        sizes = self.sizes(tokens)
+        weights = self.rule.mean_weights(sizes, tokens.log_importance)
         # Under autocast the products below would round what they only pass on.
-        with maybe_autocast(groups.device.type, enabled=False):
-            # (batch_size, groups, tokens): a product with this is deterministic on every device, a scatter is not.
-            weights = (groups.unsqueeze(1) == numbers.unsqueeze(1)) * sizes.unsqueeze(1)
-            sizes = weights.sum(-1)
-            weights = weights / sizes.unsqueeze(-1)
-            merged = tokens.on_patch_tokens(lambda patch_tokens: weights.to(patch_tokens.dtype) @ patch_tokens)
-            merged = merged.on_coordinates(lambda coordinates: weights @ coordinates)
-        assignment = groups if tokens.assignment is None else groups.gather(1, tokens.assignment)
-        return merged._replace(sizes=sizes, assignment=assignment)
+        with maybe_autocast(sizes.device.type, enabled=False):
+            merged = tokens.on_patch_tokens(lambda patch_tokens: self.rule.mean(groups, patch_tokens, weights))
+            merged = merged.on_coordinates(lambda coordinates: groups.mean(coordinates, sizes))
+        assignment = groups.numbers if tokens.assignment is None else groups.numbers.gather(1, tokens.assignment)
+        return merged._replace(sizes=groups.sum(sizes), assignment=assignment, log_importance=None)
 
-    def groups(self, tokens: Tokens) -> torch.Tensor | None:
-        """
-        The number of the group that each patch token joins, of shape `(batch_size, num_patch_tokens)`, which is the
-        position of the merged token; None if there are too few tokens to merge any.
-        """
+    @torch.no_grad()
+    def groups(self, tokens: Tokens) -> Groups | None:
+        """The groups that the patch tokens form; None if there are too few tokens to merge any."""
         patch_tokens = tokens.patch_tokens
         num_merged = self.num_merged(patch_tokens.shape[1])
         if num_merged == 0:
             return None
         # Autocast would misjudge the distances.
         with maybe_autocast(patch_tokens.device.type, enabled=False):
-            return find_groups(patch_tokens, num_merged)
+            weights = self.rule.weigh(self.sizes(tokens), tokens.log_importance)
+            return group(self.rule.find_roots(patch_tokens, weights, num_merged), num_merged)
+
+    def sizes(self, tokens: Tokens) -> torch.Tensor:
+        """The patches of each token: `(batch_size, num_patch_tokens)`."""
+        if tokens.sizes is not None:
+            return tokens.sizes
+        return torch.ones(tokens.patch_tokens.shape[:2], device=tokens.hidden_states.device)
 
     def num_merged(self, num_tokens: int) -> int:
         """How many of `num_tokens` patch tokens join another here, by this block's place in `config.hvt_pool`."""
         return self.config.num_merged(num_tokens, (self.config.hvt_pool or []).index(self.block))
+
+
+def importance_macs(config: HPoolViTConfig, num_tokens: int) -> int:
+    """Multiply-accumulates of the products in `HPoolViTAttention.log_importance`."""
+    width = config.hidden_size
+    if config.importance_needs_keys:
+        return (1 + num_tokens) * width * width
+    return 2 * width * width + num_tokens * width
 
 
 POOLINGS: dict[str, type[HPoolViTStage]] = {
@@ -248,39 +268,6 @@ POOLINGS: dict[str, type[HPoolViTStage]] = {
     "avg": HPoolViTAvgPooling,
     "merge": HPoolViTMerging,
 }
-
-
-@torch.no_grad()
-def find_groups(tokens: torch.Tensor, num_merged: int) -> torch.Tensor:
-    """
-    Which group each token belongs to after bipartite matching.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, width)`): what is compared, by Euclidean distance.
-        num_merged (`int`): how many tokens at odd positions join their nearest one at an even position, those at the
-            smallest distance; at most `num_tokens // 2`.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, num_tokens)`: numbers from 0 to `num_tokens - num_merged - 1`, in the
-        order in which the groups' first even or staying token stands.
-    """
-    # Distances do not change when the mean is subtracted, and small numbers keep them precise in half precision.
-    tokens = tokens.float()
-    tokens = tokens - tokens.mean(1, keepdim=True)
-    squares = tokens.square().sum(-1)
-    targets, sources = tokens[:, ::2], tokens[:, 1::2]
-    # Only the part of the negative squared distance that depends on the target decides the match. The rest is needed
-    # to rank the sources.
-    nearness, match = (2 * sources @ targets.transpose(1, 2) - squares[:, None, ::2]).max(-1)
-    nearness = nearness - squares[:, 1::2]
-    stays = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    if num_merged == sources.shape[1]:
-        stays[:, 1::2] = False
-    else:
-        stays[:, 1::2] = stays[:, 1::2].scatter(1, nearness.topk(num_merged).indices, 0)
-    groups = stays.cumsum(1) - 1
-    groups[:, 1::2] = torch.where(stays[:, 1::2], groups[:, 1::2], groups[:, ::2].gather(1, match))
-    return groups
 
 
 def mean_over_patches(tokens: Tokens) -> torch.Tensor:

@@ -18,6 +18,7 @@ TOOLKIT = ROOT / "toolkit"
 CODE = {
     "configuration_hpool_vit.py",
     "image_processing_hpool_vit.py",
+    "merging_hpool_vit.py",
     "modeling_hpool_vit.py",
     "pooling_hpool_vit.py",
 }

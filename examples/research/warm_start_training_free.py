@@ -26,7 +26,8 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 from transformers.utils import logging
 
-from hpool_vit import HPoolViTForImageClassification, HPoolViTModel, pooling_hpool_vit
+from hpool_vit import HPoolViTForImageClassification, HPoolViTModel
+from hpool_vit.merging_hpool_vit import DistanceRule
 from hpool_vit.toolkit.conversion.vit import convert_vit
 from hpool_vit.toolkit.shared.files import write_json
 from hpool_vit.toolkit.shared.measuring import Logits, count_macs, measure_speed
@@ -254,26 +255,26 @@ def answers_by_rule(args: argparse.Namespace, images: torch.Tensor) -> dict[str,
 def compared_by(rule: str, model: nn.Module):
     """Makes the merging stages of `model` compare something else. Among unit vectors the nearest has the largest
     cosine."""
-    find_groups = pooling_hpool_vit.find_groups
+    find_roots = DistanceRule.find_roots
     backbone = next(module for module in model.modules() if isinstance(module, HPoolViTModel))
     stages = {stage: backbone.layers[int(block)] for block, stage in backbone.pooling.items()}
     current = []
 
-    def compare_keys(tokens, num_merged):
+    def compare_keys(self, tokens, weights, num_merged):
         layer = current[-1]
         keys = layer.attention.k_proj(layer.layernorm_before(tokens)).unflatten(-1, (-1, layer.attention.head_dim))
-        return find_groups(nn.functional.normalize(keys.mean(-2), dim=-1), num_merged)
+        return find_roots(self, nn.functional.normalize(keys.mean(-2), dim=-1), weights, num_merged)
 
-    def compare_directions(tokens, num_merged):
-        return find_groups(nn.functional.normalize(tokens, dim=-1), num_merged)
+    def compare_directions(self, tokens, weights, num_merged):
+        return find_roots(self, nn.functional.normalize(tokens, dim=-1), weights, num_merged)
 
     if rule != EUCLIDEAN:
-        pooling_hpool_vit.find_groups = compare_keys if "keys" in rule else compare_directions
+        DistanceRule.find_roots = compare_keys if "keys" in rule else compare_directions
     hooks = [stage.register_forward_pre_hook(lambda stage, _: current.append(stages[stage])) for stage in stages]
     try:
         yield
     finally:
-        pooling_hpool_vit.find_groups = find_groups
+        DistanceRule.find_roots = find_roots
         for hook in hooks:
             hook.remove()
 

@@ -7,12 +7,12 @@ import torch
 from helpers import tiny_config, tiny_model
 
 from hpool_vit.configuration_hpool_vit import LN_ORDERS
+from hpool_vit.merging_hpool_vit import DistanceRule, group
 from hpool_vit.modeling_hpool_vit import HPoolViTAttention, HPoolViTModel
 from hpool_vit.pooling_hpool_vit import (
     HPoolViTMaxPooling,
     HPoolViTMerging,
     Tokens,
-    find_groups,
     proportional_attention_mask,
 )
 
@@ -25,6 +25,12 @@ def column(*values: float) -> torch.Tensor:
 def merging(num_stages: int = 1, **overrides) -> HPoolViTMerging:
     """The first stage of a model that merges; how many tokens join follows from `merge_ratio`."""
     return HPoolViTMerging(tiny_config(pool_mode="merge", hvt_pool=list(range(num_stages)), **overrides), block=0)
+
+
+def find_groups(tokens: torch.Tensor, num_merged: int) -> torch.Tensor:
+    """The group of each token under the rule of version 0.1."""
+    roots = DistanceRule().find_roots(tokens, torch.ones(tokens.shape[:2]), num_merged)
+    return group(roots, num_merged).numbers
 
 
 class TestGroups:

@@ -32,6 +32,7 @@ POOLING_DEFAULTS: dict[str, dict[str, Any]] = {
     "merge": {
         "hvt_pool": [3, 5, 7, 9],
         "merge_ratio": [37 / 196, 37 / 159, 37 / 122, 37 / 85],
+        "merge_rule": "importance",
         "proportional_attention": True,
     },
 }

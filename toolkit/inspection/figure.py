@@ -148,7 +148,7 @@ def _draw_band(figure, top, height, image, trace, index, config, scales):
     if len(trace.stages) > 1:
         _write(figure, lefts[1], second - 0.08, SECOND_ROW[mode], fontsize=12)
 
-    token = "the class token" if config.resolved_readout.startswith("class_token") else "all tokens"
+    token = "the class token" if config.reads_class_token else "all tokens"
     axes = panel(-1, first, "Attention rollout", f"from {token}")
     _draw_heat(axes, grey, scales.rollout[index], trace.grid, scales.rollout_norm, ROLLOUT_COLOURS)
     _draw_keys(figure, lefts[-1], second, scales, mode if len(trace.stages) > 1 else None)

@@ -11,6 +11,8 @@ from transformers import AutoConfig
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 from hpool_vit.configuration_hpool_vit import PRESETS
+from hpool_vit.merging_hpool_vit import MERGE_RULES
+from hpool_vit.pooling_hpool_vit import importance_macs
 
 from ..shared.console import hub_id, one_line
 
@@ -31,13 +33,14 @@ def model_stats(config: HPoolViTConfig) -> dict[str, Any]:
     with torch.device("meta"):
         model = HPoolViTForImageClassification._from_config(config, attn_implementation="eager").eval()
         image = torch.zeros(1, config.num_channels, *config.image_shape, dtype=model.dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # With gradients, because the counter fails at a parameter that is a module's input without them.
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
         model(image)
     counts = {name.partition(".")[2]: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     total = counter.get_total_flops() // 2
     parts = [
-        ({"name": name, **details}, sum(counts.get(module, 0) for module in modules))
-        for name, details, modules in _parts(config)
+        ({"name": name, **details}, extra + sum(counts.get(module, 0) for module in modules))
+        for name, details, modules, extra in _parts(config)
     ]
     # The rest is the head, with the mean before it.
     parts.append(({"name": "head"}, total - sum(macs for _, macs in parts)))
@@ -48,15 +51,20 @@ def model_stats(config: HPoolViTConfig) -> dict[str, Any]:
     }
 
 
-def _parts(config: HPoolViTConfig) -> list[tuple[str, dict[str, Any], list[str]]]:
-    """The parts of the model before the head: their names, details, and the names of their modules."""
+def _parts(config: HPoolViTConfig) -> list[tuple[str, dict[str, Any], list[str], int]]:
+    """The parts of the model before the head: their names, details, modules, and the MACs that no module counts."""
     starts = [0, *(config.hvt_pool or []), config.num_hidden_layers]
-    parts = [("embeddings", {}, ["hpool_vit.embeddings"])]
-    for stage, tokens in enumerate(config.tokens_per_stage()):
+    needs_importance = config.pool_mode == "merge" and MERGE_RULES[config.merge_rule].needs_importance
+    parts = [("embeddings", {}, ["hpool_vit.embeddings"], 0)]
+    all_tokens = config.tokens_per_stage()
+    for stage, tokens in enumerate(all_tokens):
         blocks = list(range(starts[stage], starts[stage + 1]))
         modules = [f"hpool_vit.layers.{block}" for block in blocks]
         modules += [f"hpool_vit.pooling.{starts[stage]}"] if stage else []
-        parts.append((f"stage {stage}", {"blocks": blocks, "tokens": tokens}, modules))
+        before = all_tokens[stage - 1] if stage else tokens
+        # The block at whose input tokens merge says what they are worth, outside of its own pass.
+        extra = importance_macs(config, before) if needs_importance and tokens < before else 0
+        parts.append((f"stage {stage}", {"blocks": blocks, "tokens": tokens}, modules, extra))
     return parts
 
 

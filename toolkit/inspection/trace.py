@@ -247,10 +247,14 @@ class _Recorder:
     def merge(self, stage: nn.Module, before: Tokens) -> tuple:
         last = self.stages[-1]
         groups = stage.groups(before)
-        groups = torch.arange(last.num_tokens).expand(len(last.share), -1) if groups is None else groups.cpu()
+        weights = last.sizes.float()
+        if groups is None:
+            groups = torch.arange(last.num_tokens).expand(len(last.share), -1)
+        else:
+            groups, weights = groups.numbers.cpu(), stage.rule.mean_weights(weights, before.log_importance)
         num_tokens = self.config.tokens_per_stage(self.stages[0].num_tokens)[len(self.stages)]
         joined = groups.unsqueeze(1) == torch.arange(num_tokens)[:, None]
-        pooling = joined * last.sizes.float().unsqueeze(1)
+        pooling = joined * weights.unsqueeze(1)
         pooling = pooling / pooling.sum(-1, keepdim=True)
         return joined, pooling, pooling @ last.share, groups.gather(1, last.groups)
 
@@ -266,7 +270,7 @@ class _Recorder:
 
     def read_rollout(self) -> torch.Tensor:
         rollout = self.rollout[:, :, self.num_prefix_tokens :]
-        if self.config.resolved_readout.startswith("class_token"):
+        if self.config.reads_class_token:
             rollout = rollout[:, 0]
         else:
             rollout = _mean(rollout[:, self.num_prefix_tokens :], self.stages[-1].weights)

@@ -288,6 +288,27 @@ def test_values_that_are_not_finite_are_refused(pixel_values):
         trace_pooling(tiny_model(), pixel_values)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_class_token": True, "num_register_tokens": 2},
+        {"use_gated_mlp": True, "mlp_norm": True},
+        {"use_qk_norm": True},
+        {"rope_theta": 100.0},
+        {"rope_theta": 100.0, "use_class_token": True, "readout": "class_token_and_mean"},
+    ],
+    ids=["plain", "prefix", "gated", "qk-norm", "rotary", "rotary-class-token"],
+)
+def test_the_macs_of_merging_by_importance_are_those_counted_by_pytorch(fields):
+    fields = {"pool_mode": "merge", "merge_rule": "importance", "hvt_pool": [0, 1, 3], "merge_ratio": 0.3, **fields}
+    config = tiny_config(**fields, image_size=(28, 36), ln_order="residual")
+    macs, stats = block_macs(config), model_stats(config)
+    counted = [part for part in stats["parts"] if part.get("blocks")]
+    assert [sum(macs[block] for block in part["blocks"]) for part in counted] == [part["macs"] for part in counted]
+    assert stats["parts"][-1]["macs"] == config.pooled_size * config.num_labels
+
+
 @pytest.mark.parametrize("pool_mode", POOL_MODES)
 @pytest.mark.parametrize("ln_order", LN_ORDERS)
 def test_the_macs_of_the_blocks_add_up_to_those_counted_by_pytorch(pool_mode, ln_order):
