@@ -18,7 +18,8 @@ def test_the_table_of_fields_names_every_field_with_its_default():
         values = [values] if len(names) == 1 else values.split(", ")
         defaults |= dict(zip(names, values, strict=False))
     config = HPoolViTConfig()
-    for name in [*HPoolViTConfig.__annotations__, "num_labels"]:
+    fields = [name.removeprefix("_") for name in HPoolViTConfig.__annotations__]
+    for name in [*fields, "num_labels"]:
         expected = getattr(config, name)
         assert defaults[name] in (str(expected), f'"{expected}"', "1e-6" if expected == 1e-6 else ""), name
     aliases = {name for _, cell, _ in rows for name in re.findall(r"`(\w+)", cell)}

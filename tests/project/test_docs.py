@@ -25,7 +25,17 @@ from packaging.requirements import Requirement
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser as torchrun_parser
-from transformers import DeiTImageProcessor, ViTConfig, ViTForImageClassification
+from transformers import (
+    DeiTImageProcessor,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hpool_vit.toolkit import command
 from hpool_vit.toolkit.command import UsageError
@@ -72,6 +82,13 @@ def write_checkpoints(desk: Path):
         DeiTImageProcessor(size={"height": 36, "width": 36}, crop_size=square).save_pretrained(
             desk / "facebook" / name
         )
+    sizes |= {"hidden_size": 32, "num_hidden_layers": 12}
+    for name, kind, config in (
+        ("facebook/dinov2-with-registers-base", Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**sizes)),
+        ("facebook/dinov3-vitb16-pretrain-lvd1689m", DINOv3ViTModel, DINOv3ViTConfig(**sizes, intermediate_size=64)),
+        ("google/siglip2-base-patch16-224", SiglipVisionModel, SiglipVisionConfig(**sizes, intermediate_size=64)),
+    ):
+        kind(config).save_pretrained(desk / name)
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=64, num_heads=1, num_classes=3
     )
