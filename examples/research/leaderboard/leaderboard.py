@@ -222,21 +222,27 @@ def schedules_to_compare() -> list[dict[int, int]]:
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    header = ["method", "setting", "MACs G", "fewer", "top-1", "same answers", "KL", "KL over ours", "top-1 over ours"]
+    header = ["method", "setting", "MACs G", "fewer", "top-1", "same answers", "KL"]
     rows = []
     for line in lines:
-        differences = ["", ""]
-        if "divergence_over_ours" in line:
-            low, high = line["divergence_interval"]
-            worst, best = line["top1_interval"]
-            differences = [
-                f"{line['divergence_over_ours']:+.3f} ({low:+.3f} to {high:+.3f})",
-                f"{line['top1_over_ours']:+.1f} ({worst:+.1f} to {best:+.1f})",
-            ]
         macs = [f"{line['macs'] / 1e9:.3f}", f"{line['fewer_macs']:.2f} ×"]
         scores = [f"{line['top1']:.1f}", f"{line['agreement']:.1f}", f"{line['divergence']:.4f}"]
-        rows.append([line["family"], line["setting"], *macs, *scores, *differences])
+        rows.append([line["family"], line["setting"], *macs, *scores])
+    if any("divergence_over_ours" in line for line in lines):
+        header += ["KL over ours", "top-1 over ours"]
+        rows = [row + differences(line) for row, line in zip(rows, lines, strict=True)]
     print(format_table(header, rows))
+
+
+def differences(line: dict[str, Any]) -> list[str]:
+    if "divergence_over_ours" not in line:
+        return ["", ""]
+    low, high = line["divergence_interval"]
+    worst, best = line["top1_interval"]
+    return [
+        f"{line['divergence_over_ours']:+.4f} ({low:+.4f} to {high:+.4f})",
+        f"{line['top1_over_ours']:+.1f} ({worst:+.1f} to {best:+.1f})",
+    ]
 
 
 PROGRAMS = {"leaderboard": run_leaderboard, "ingredients": run_ingredients, "schedules": run_schedules}
