@@ -32,7 +32,7 @@ from hpool_vit.toolkit.dense.model import start_segmenter
 
 # Every head reads the same two blocks, so that no model gets more to read than another.
 BLOCKS = {"out_indices": [6, 12]}
-MERGE = {"pool_mode": "merge", "hvt_pool": [3, 5, 7, 9], "proportional_attention": True}
+MERGE = {"pool_mode": "merge", "hvt_pool": [3, 5, 7, 9], "merge_rule": "distance", "proportional_attention": True}
 GRID = {"pool_mode": "avg", "pool_kernel_size": (2, 2), "pool_stride": (2, 2)}
 MODELS = {
     "unpooled": {"hvt_pool": None, **BLOCKS},
