@@ -144,7 +144,7 @@ class ImportanceRule(DistanceRule):
         stays = torch.ones_like(source_weights, dtype=torch.bool)
         targets, among_sources = tokens[:, ::2], sources @ sources.transpose(1, 2)
         products = Products(squares(sources), squares(targets), sources @ targets.transpose(1, 2), weights[:, ::2])
-        for number in split_evenly(num_merged, self.num_rounds):
+        for turn, number in enumerate(split_evenly(num_merged, self.num_rounds), start=1):
             # (batch_size, num_sources, num_targets)
             distances = products.source_squares.unsqueeze(2) + products.target_squares.unsqueeze(1)
             distances = distances - 2 * products.between
@@ -153,8 +153,9 @@ class ImportanceRule(DistanceRule):
             joining = loss.masked_fill(~stays, torch.inf).topk(number, largest=False).indices
             joined = match.gather(1, joining)
             stays, roots = stays.scatter(1, joining, False), redirect(roots, joining, joined)
-            with_sources = rows(among_sources, joining)
-            products = products.after(with_sources, source_weights.gather(1, joining), joining, joined)
+            if turn < self.num_rounds:
+                with_sources, moved_weights = rows(among_sources, joining), source_weights.gather(1, joining)
+                products = products.after(with_sources, moved_weights, joining, joined)
         return roots
 
     def weigh(self, sizes: torch.Tensor, log_importance: torch.Tensor | None) -> torch.Tensor:
@@ -170,8 +171,9 @@ class ImportanceRule(DistanceRule):
     @classmethod
     def macs(cls, before: int, after: int, width: int) -> int:
         sources, targets = before // 2, before - before // 2
-        # Products of sources with each other, and in each round with the new means.
-        rounds = width * sources * sources + (before - after) * sources * targets
+        # Products of sources with each other, and before each further round with the new means.
+        moved = sum(split_evenly(before - after, cls.num_rounds)[:-1])
+        rounds = width * sources * sources + moved * sources * targets
         return super().macs(before, after, width) + rounds
 
     @classmethod
@@ -218,7 +220,7 @@ class Products(NamedTuple):
         shares = (joined.unsqueeze(2) == targets) * weights.unsqueeze(2)
         total = self.target_weights + shares.sum(1)
         shares, kept = shares / total.unsqueeze(1), self.target_weights / total
-        between = kept.unsqueeze(1) * self.between + with_sources.transpose(1, 2) @ shares
+        between = torch.baddbmm(kept.unsqueeze(1) * self.between, with_sources.transpose(1, 2), shares)
         # Of the new target with the old one, then with itself.
         mixed = kept * self.target_squares + (shares * rows(self.between, joining)).sum(1)
         target_squares = kept * mixed + (shares * rows(between, joining)).sum(1)
