@@ -224,8 +224,8 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
             entry.
         merge_rule (`str`, defaults to `"distance"`):
             Which tokens `"merge"` joins: `"distance"`: those that are nearest to each other, as in version 0.1.
-            `"importance"`: also by what the model looks at, which keeps more of a trained model; the converter
-            chooses it.
+            `"importance"`: also by what the class token looks at, if the pooled output comes from it, and in rounds,
+            which keeps more of a trained model; the converter chooses it.
         proportional_attention (`bool`, defaults to `False`):
             Whether attention weighs a merged token by the number of patches it stands for.
         use_class_token (`bool`, defaults to `False`):
@@ -501,9 +501,14 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.resolved_readout.startswith("class_token")
 
     @property
+    def needs_importance(self) -> bool:
+        """Whether merging asks how much the class token attends to each token."""
+        return self.pool_mode == "merge" and self.merge_rule == "importance" and self.reads_class_token
+
+    @property
     def importance_needs_keys(self) -> bool:
-        """Whether the importance of tokens depends on more than one product with each of them."""
-        return self.use_qk_norm or (self.rope_theta is not None and self.reads_class_token)
+        """Whether that takes more than one product with each token."""
+        return self.use_qk_norm or self.rope_theta is not None
 
     @property
     def pooled_size(self) -> int:

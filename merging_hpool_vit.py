@@ -78,8 +78,6 @@ class DistanceRule:
     stages, the distance of hidden states, which is what a merge loses, keeps more of a trained model.
     """
 
-    needs_importance = False
-
     def find_roots(self, tokens: torch.Tensor, weights: torch.Tensor, num_merged: int) -> torch.Tensor:
         """
         The position of the token that each token joins, its own if it stays: `(batch_size, num_tokens)`.
@@ -126,14 +124,14 @@ class ImportanceRule(DistanceRule):
     Tokens that the model looks at merge late and count more (docs/results/merging.md). If a joins b, that loses
     w_a w_b / (w_a + w_b) |a - b|² (Ward, 1963), where w is a token's patches times its importance to a power. The
     cheapest tokens at odd positions join one at an even position, in rounds. A merged token is the mean of its
-    members, weighted by patches times importance, and as long as they are on average.
+    members, weighted by patches times importance, and as long as they are on average. Without a class token to look
+    at them, all patches are equally important: the attention from all patches measured worse.
 
     Attributes:
         num_rounds (`int`): each sees the means of the ones before.
         distance_power, mean_power (`float`): the power of the importance in the loss and in the mean.
     """
 
-    needs_importance = True
     num_rounds = 4
     distance_power = 0.5
     mean_power = 1.0
@@ -244,9 +242,13 @@ def length(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.float().norm(dim=-1, keepdim=True)
 
 
-def powers(log_importance: torch.Tensor | None, power: float) -> torch.Tensor:
-    """Importance to a power, up to a constant factor for each image: 1 for the most important token, never 0."""
-    assert log_importance is not None
+def powers(log_importance: torch.Tensor | None, power: float) -> torch.Tensor | float:
+    """
+    Importance to a power, up to a constant factor for each image: 1 for the most important token, never 0. If it is
+    unknown, 1 for all.
+    """
+    if log_importance is None:
+        return 1.0
     relative = log_importance - log_importance.amax(1, keepdim=True)
     return (power * relative.clamp_min(-30.0)).exp()
 

@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from os import PathLike
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_hpool_vit import HPoolViTConfig
+from .configuration_hpool_vit import PYRAMID, HPoolViTConfig
 from .pooling_hpool_vit import (
     POOLINGS,
     HPoolViTPooling,
@@ -279,16 +279,15 @@ class HPoolViTAttention(nn.Module):
 
     def log_importance(
         self,
-        reader: torch.Tensor,
         hidden_states: torch.Tensor,
         num_prefix_tokens: int,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
-        The mean over heads of the scores that a query of `reader`, of shape `(batch_size, 1, hidden_size)`, gives to
-        the tokens after the first `num_prefix_tokens`, as a logarithm of attention: `(batch_size, num_patch_tokens)`.
+        The mean over heads of the scores that the class token gives to the tokens after the first `num_prefix_tokens`:
+        `(batch_size, num_patch_tokens)`.
         """
-        patches, query = hidden_states[:, num_prefix_tokens:], self.q_proj(reader)
+        patches, query = hidden_states[:, num_prefix_tokens:], self.q_proj(hidden_states[:, :1])
         scaling = self.scaling * self.head_dim / query.shape[-1]
         if not self.config.importance_needs_keys and type(self.k_proj) is nn.Linear:
             # q · (W x) = (Wᵀ q) · x: the sum over all heads needs no keys.
@@ -405,26 +404,17 @@ class HPoolViTLayer(GradientCheckpointingLayer):
         return hidden_states
 
     @torch.no_grad()
-    def log_importance(
-        self,
-        tokens: Tokens,
-        reads_class_token: bool,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def log_importance(self, tokens: Tokens, position_embeddings: Any = None) -> torch.Tensor:
         """
-        The logarithm of the attention in this block that one patch of each patch token gets, from the class token or
-        from all patches alike: the geometric mean over heads and queries, up to a constant for each image, of shape
-        `(batch_size, num_patch_tokens)`.
+        The logarithm of the attention that the class token gives to one patch of each patch token in this block: the
+        geometric mean over the heads, up to a constant for each image, of shape `(batch_size, num_patch_tokens)`.
         """
         # FSDP2 gathers the weights of a block only for its forward pass.
         if callable(unshard := getattr(self, "unshard", None)):
             unshard()
         states = tokens.hidden_states.detach().to(self.layernorm_before.weight.dtype)
         states = self.attention_input(states)
-        if reads_class_token:
-            return self.attention.log_importance(states[:, :1], states, tokens.num_prefix_tokens, position_embeddings)
-        reader = mean_over_patches(tokens.with_streams((states,))).unsqueeze(1)
-        return self.attention.log_importance(reader, states, tokens.num_prefix_tokens)
+        return self.attention.log_importance(states, tokens.num_prefix_tokens, position_embeddings)
 
     def attention_branch(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.drop_path(self.layer_scale1(self.attention(hidden_states, **kwargs)[0]))
@@ -744,12 +734,6 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         mask = proportional_attention_mask(self.config, tokens)
         return {"attention_mask": mask, "position_embeddings": rotation}
 
-    def with_importance(self, tokens: Tokens, layer: Any, position_embeddings: Any) -> Tokens:
-        """The tokens with what attention in the block `layer` thinks of them."""
-        return tokens._replace(
-            log_importance=layer.log_importance(tokens, self.config.reads_class_token, position_embeddings)
-        )
-
     def encode(
         self, pixel_values: Any, interpolate_pos_encoding: bool, keep: Collection[int] = (), **kwargs: Any
     ) -> tuple[Tokens, dict[int, Tokens]]:
@@ -765,11 +749,12 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         tokens = self.pooling.touch_idle(tokens) if self.training else tokens
         kept = {0: tokens} if 0 in keep else {}
         attention_inputs = self.attention_inputs(tokens)
-        stages = self.pooling.in_use()
-        for index, layer in enumerate(self.layers):
+        stages, blocks = self.pooling.in_use(), cast(list[Any], self.layers)
+        for index, layer in enumerate(blocks):
             if index in stages:
                 if stages[index].needs_importance:
-                    tokens = self.with_importance(tokens, layer, attention_inputs["position_embeddings"])
+                    rotation = attention_inputs["position_embeddings"]
+                    tokens = tokens._replace(log_importance=layer.log_importance(tokens, rotation))
                 tokens = stages[index](tokens, interpolate_pos_encoding)
                 attention_inputs = self.attention_inputs(tokens)
             tokens = tokens.with_streams(layer(*tokens.streams, **attention_inputs, **kwargs))
@@ -882,7 +867,10 @@ class HPoolViTChannelNorm(nn.LayerNorm):
 
 
 class HPoolViTFeaturePyramid(nn.Module):
-    """Four feature maps of 4, 2, 1 and 1/2 times the resolution of one (ViTDet, arXiv 2203.16527, Section 3)."""
+    """
+    Feature maps of 4, 2, 1 and 1/2 times the resolution of one (ViTDet, arXiv 2203.16527, Section 3), as many of them
+    as `config.out_features` names.
+    """
 
     def __init__(self, config: HPoolViTConfig, channels: int):
         super().__init__()
@@ -896,19 +884,22 @@ class HPoolViTFeaturePyramid(nn.Module):
             ([], width),
             ([nn.MaxPool2d(2)], width),
         ]
-        self.levels = nn.ModuleList(
-            nn.Sequential(
-                *resizer,
-                nn.Conv2d(resized, channels, 1, bias=False),
-                HPoolViTChannelNorm(channels, eps=config.layer_norm_eps),
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                HPoolViTChannelNorm(channels, eps=config.layer_norm_eps),
-            )
-            for resizer, resized in resizers
+        self.levels = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    *resizer,
+                    nn.Conv2d(resized, channels, 1, bias=False),
+                    HPoolViTChannelNorm(channels, eps=config.layer_norm_eps),
+                    nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                    HPoolViTChannelNorm(channels, eps=config.layer_norm_eps),
+                )
+                for name, (resizer, resized) in zip(PYRAMID, resizers, strict=True)
+                if name in (config.out_features or ())
+            }
         )
 
     def forward(self, feature_map: torch.Tensor) -> list[torch.Tensor]:
-        return [level(feature_map) for level in self.levels]
+        return [level(feature_map) for level in self.levels.values()]
 
 
 @auto_docstring(
@@ -969,8 +960,7 @@ class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
         _, kept = self.hpool_vit.encode(pixel_values, interpolate_pos_encoding, keep=indices, **kwargs)
         feature_maps = [self.hpool_vit.finish(kept[index]).feature_map for index in indices]
         if self.pyramid is not None:
-            levels = self.pyramid(feature_maps[0])
-            feature_maps = [levels[self.stage_names.index(name)] for name in self.out_features]
+            feature_maps = self.pyramid(feature_maps[0])
         # Transformers says a tuple of one map.
         return BackboneOutput(feature_maps=tuple(feature_maps))  # type: ignore[arg-type]
 

@@ -207,7 +207,7 @@ class HPoolViTMerging(HPoolViTStage):
     def __init__(self, config: HPoolViTConfig, block: int):
         super().__init__(config, block)
         self.rule = MERGE_RULES[config.merge_rule]()
-        self.needs_importance = self.rule.needs_importance
+        self.needs_importance = config.needs_importance
 
     @staticmethod
     def macs(config: HPoolViTConfig, before: int, after: int, num_streams: int) -> int:
@@ -217,7 +217,7 @@ class HPoolViTMerging(HPoolViTStage):
         macs = rule.macs(before, after, width) + num_streams * rule.mean_macs(before, after, width)
         if config.rope_theta:
             macs += DistanceRule.mean_macs(before, after, width=2)
-        return macs + (importance_macs(config, before) if rule.needs_importance else 0)
+        return macs + importance_macs(config, before)
 
     def forward(self, tokens: Tokens, interpolate_pos_encoding: bool = False) -> Tokens:
         groups = self.groups(tokens)
@@ -258,6 +258,8 @@ class HPoolViTMerging(HPoolViTStage):
 def importance_macs(config: HPoolViTConfig, num_tokens: int) -> int:
     """Multiply-accumulates of the products in `HPoolViTAttention.log_importance`."""
     width = config.hidden_size
+    if not config.needs_importance:
+        return 0
     if config.importance_needs_keys:
         return (1 + num_tokens) * width * width
     return 2 * width * width + num_tokens * width

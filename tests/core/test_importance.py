@@ -92,15 +92,11 @@ class TestMeans:
 
 
 def attention_scores(model: HPoolViTForImageClassification, tokens: Tokens) -> torch.Tensor:
-    """The scores of every query and key in block 0, (batch, heads, tokens, tokens), by recording them."""
-    layer, recorded = model.hpool_vit.layers[0], []
+    """The logarithm of attention in block 0, (batch, heads, tokens, tokens)."""
+    layer = model.hpool_vit.layers[0]
     positions = model.hpool_vit.attention_inputs(tokens)["position_embeddings"]
-    states = layer.attention_input(tokens.hidden_states)
-    layer.attention.o_proj.register_forward_pre_hook(lambda *_: None)
     model.set_attn_implementation("eager")
-    probabilities = layer.attention(states, position_embeddings=positions)[1]
-    recorded.append(probabilities.log())
-    return recorded[0]
+    return layer.attention(layer.attention_input(tokens.hidden_states), position_embeddings=positions)[1].log()
 
 
 @pytest.mark.parametrize("ln_order", LN_ORDERS)
@@ -113,17 +109,20 @@ def test_the_importance_is_the_class_tokens_attention(ln_order, fields, pixel_va
     model = tiny_model(**IMPORTANCE, **fields, ln_order=ln_order, use_class_token=True)
     tokens = model.hpool_vit.start(pixel_values, False)
     positions = model.hpool_vit.attention_inputs(tokens)["position_embeddings"]
-    found = model.hpool_vit.with_importance(tokens, model.hpool_vit.layers[0], positions).log_importance
+    found = model.hpool_vit.layers[0].log_importance(tokens, positions)
     expected = attention_scores(model, tokens)[:, :, 0, tokens.num_prefix_tokens :].mean(1)
     torch.testing.assert_close(found - found.mean(1, keepdim=True), expected - expected.mean(1, keepdim=True))
 
 
-def test_without_a_class_token_it_is_the_attention_from_all_patches(pixel_values):
-    model = tiny_model(**IMPORTANCE, num_register_tokens=2)
-    tokens = model.hpool_vit.start(pixel_values, False)
-    found = model.hpool_vit.with_importance(tokens, model.hpool_vit.layers[0], None).log_importance
-    expected = attention_scores(model, tokens)[:, :, 2:, 2:].mean((1, 2))
-    torch.testing.assert_close(found - found.mean(1, keepdim=True), expected - expected.mean(1, keepdim=True))
+def test_without_a_class_token_all_patches_are_equally_important(pixel_values):
+    model, given = tiny_model(**IMPORTANCE, hvt_pool=[1]), []
+    stage = model.hpool_vit.pooling["1"]
+    stage.register_forward_pre_hook(lambda stage, args: given.append(args[0]))
+    model(pixel_values)
+    [tokens] = given
+    assert tokens.log_importance is None and not stage.needs_importance
+    expected = ImportanceRule().find_roots(tokens.patch_tokens, torch.ones(2, 64), 19)
+    assert torch.equal(stage.groups(tokens).numbers, group(expected, 19).numbers)
 
 
 def test_an_adapter_on_the_keys_counts(pixel_values):
@@ -137,9 +136,9 @@ def test_an_adapter_on_the_keys_counts(pixel_values):
 
     model = tiny_model(**IMPORTANCE, use_class_token=True)
     tokens, layer = model.hpool_vit.start(pixel_values, False), model.hpool_vit.layers[0]
-    found = layer.log_importance(tokens, True)
+    found = layer.log_importance(tokens)
     layer.attention.k_proj = Doubled(layer.attention.k_proj)
-    doubled = layer.log_importance(tokens, True)
+    doubled = layer.log_importance(tokens)
     differences = [values - values.mean(1, keepdim=True) for values in (found, doubled)]
     torch.testing.assert_close(differences[1], 2 * differences[0])
 

@@ -11,7 +11,6 @@ from transformers import AutoConfig
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 from hpool_vit.configuration_hpool_vit import PRESETS
-from hpool_vit.merging_hpool_vit import MERGE_RULES
 from hpool_vit.pooling_hpool_vit import importance_macs
 
 from ..shared.console import hub_id, one_line
@@ -54,7 +53,6 @@ def model_stats(config: HPoolViTConfig) -> dict[str, Any]:
 def _parts(config: HPoolViTConfig) -> list[tuple[str, dict[str, Any], list[str], int]]:
     """The parts of the model before the head: their names, details, modules, and the MACs that no module counts."""
     starts = [0, *(config.hvt_pool or []), config.num_hidden_layers]
-    needs_importance = config.pool_mode == "merge" and MERGE_RULES[config.merge_rule].needs_importance
     parts = [("embeddings", {}, ["hpool_vit.embeddings"], 0)]
     all_tokens = config.tokens_per_stage()
     for stage, tokens in enumerate(all_tokens):
@@ -63,7 +61,7 @@ def _parts(config: HPoolViTConfig) -> list[tuple[str, dict[str, Any], list[str],
         modules += [f"hpool_vit.pooling.{starts[stage]}"] if stage else []
         before = all_tokens[stage - 1] if stage else tokens
         # The block at whose input tokens merge says what they are worth, outside of its own pass.
-        extra = importance_macs(config, before) if needs_importance and tokens < before else 0
+        extra = importance_macs(config, before) if tokens < before else 0
         parts.append((f"stage {stage}", {"blocks": blocks, "tokens": tokens}, modules, extra))
     return parts
 
