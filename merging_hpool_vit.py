@@ -65,8 +65,8 @@ def group(roots: torch.Tensor, num_merged: int) -> Groups:
     positions = torch.arange(num_tokens, device=roots.device)
     moves = roots != positions
     # Those that stay first; all numbers differ, so that every device sorts them alike.
-    order = (moves * num_tokens + positions).sort(dim=1).values % num_tokens
-    staying, moving = order[:, : num_tokens - num_merged], order[:, num_tokens - num_merged :]
+    order = torch.where(moves, positions + num_tokens, positions).sort(dim=1).values
+    staying, moving = order[:, : num_tokens - num_merged], order[:, num_tokens - num_merged :] - num_tokens
     numbers = ((~moves).cumsum(1) - 1).gather(1, roots)
     return Groups(staying, moving, roots.gather(1, moving).unsqueeze(1) == staying.unsqueeze(-1), numbers)
 

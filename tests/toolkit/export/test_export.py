@@ -41,6 +41,13 @@ VARIANTS = {
         "proportional_attention": True,
         "use_class_token": True,
     },
+    "merge-importance": {
+        "pool_mode": "merge",
+        "merge_rule": "importance",
+        "merge_ratio": 0.3,
+        "proportional_attention": True,
+        "use_class_token": True,
+    },
 }
 # An export takes seconds: each run of the suite has one variant, the slow tests have the others.
 variants = pytest.mark.parametrize(
@@ -99,7 +106,9 @@ def test_the_onnx_model_gives_the_logits_of_pytorch_for_any_batch(variant, tmp_p
         torch.testing.assert_close(onnx_logits(folder, images), model(images).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["merge-some", pytest.param("avg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "variant", ["merge-importance", *(pytest.param(name, marks=pytest.mark.slow) for name in ("merge-some", "avg"))]
+)
 def test_the_onnx_model_takes_other_image_sizes(variant, tmp_path):
     model = save(tmp_path / "model", **VARIANTS[variant])
     folder = export(tmp_path / "model", tmp_path / "onnx", dynamic_image_size=True)
