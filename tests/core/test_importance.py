@@ -144,7 +144,14 @@ def test_an_adapter_on_the_keys_counts(pixel_values):
 
 
 class TestModel:
-    @pytest.mark.parametrize("fields", [{}, {"use_class_token": True}, {"rope_theta": 100.0}], ids=str)
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            pytest.param({}, marks=pytest.mark.slow, id="mean"),
+            pytest.param({"use_class_token": True}, id="class-token"),
+            pytest.param({"use_class_token": True, "rope_theta": 100.0}, marks=pytest.mark.slow, id="rotary"),
+        ],
+    )
     def test_it_trains_saves_compiles_and_exports_with_any_batch_and_size(self, fields, pixel_values, tmp_path):
         model = tiny_model(**IMPORTANCE, **fields, ln_order="residual").train()
         model(pixel_values, labels=torch.tensor([0, 1])).loss.backward()

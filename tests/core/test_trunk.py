@@ -284,15 +284,20 @@ class TestEverythingAtOnce:
             gradients.append([parameter.grad for parameter in model.parameters()])
         assert all(map(torch.equal, *gradients))
 
-    def test_it_compiles_and_exports_as_one_graph(self, pool_mode, pixel_values):
-        model = tiny_model(**FEATURES, **mode(pool_mode), readout="attention")
-        expected = model(pixel_values).logits
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
-        sizes = {"pixel_values": dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)}
-        program = torch.export.export(model, (), {"pixel_values": pixel_values}, dynamic_shapes=sizes).module()
-        more = torch.randn(3, 3, 24, 44)
-        torch.testing.assert_close(program(pixel_values=more).logits, model(more).logits, atol=1e-5, rtol=1e-5)
+
+# Seconds each: the slow tests have the others.
+@pytest.mark.parametrize(
+    "pool_mode", ["max", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avg", "merge"))]
+)
+def test_it_compiles_and_exports_as_one_graph(pool_mode, pixel_values):
+    model = tiny_model(**FEATURES, **mode(pool_mode), readout="attention")
+    expected = model(pixel_values).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
+    sizes = {"pixel_values": dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)}
+    program = torch.export.export(model, (), {"pixel_values": pixel_values}, dynamic_shapes=sizes).module()
+    more = torch.randn(3, 3, 24, 44)
+    torch.testing.assert_close(program(pixel_values=more).logits, model(more).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_the_defaults_add_no_parameter():

@@ -345,6 +345,7 @@ def test_a_class_token_that_looks_at_one_patch_alone_leaves_no_weight_at_zero(mo
     assert merged.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_rule_exports_without_scattering_floats_and_answers_alike(model, images, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -57,6 +57,7 @@ def flags(scenes, model, output, *more) -> list[str]:
     return list(map(str, [*data, "--batch_size", 4, "--learning_rate", 3e-3, "--use_cpu", *more]))
 
 
+@pytest.mark.slow
 def test_a_vit_learns_to_segment_with_merging_and_loads_without_the_package(tmp_path, scenes, vit_folder):
     output = tmp_path / "out"
     more = ["--pooling", "merge", "--hvt_pool", 1, "--num_train_epochs", 6]
