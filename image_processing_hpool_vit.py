@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
@@ -93,8 +94,11 @@ class HPoolViTImageProcessing(BaseImageProcessor):
         return cls(**kwargs)
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: list[tuple[int, int]] | None = None
-    ) -> list[torch.Tensor]:
+        self,
+        outputs: Any,
+        target_sizes: list[tuple[int, int]] | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[torch.Tensor] | list[BatchFeature]:
         """
         The class of each pixel, from what a segmentation model returns.
 
@@ -102,23 +106,34 @@ class HPoolViTImageProcessing(BaseImageProcessor):
             outputs: with `logits` of shape `(batch_size, num_labels, rows, columns)`.
             target_sizes (`list[tuple[int, int]]`, *optional*): (height, width) of each image, to which the logits are
                 resized; None: they keep their resolution.
+            return_segmentation_scores (`bool`, defaults to `False`): whether to return the scores of the classes too.
 
         Returns:
-            `list[torch.Tensor]`: for each image the indices of the classes, of shape `(height, width)`.
+            `list[torch.Tensor]`: for each image the indices of the classes, of shape `(height, width)`. With scores, a
+            `BatchFeature` of these as `segmentation`, and of `segmentation_scores` of shape
+            `(num_labels, height, width)`.
 
         Raises:
             ValueError: if there are not as many sizes as images.
         """
-        logits = outputs.logits
-        if target_sizes is None:
-            return list(logits.argmax(dim=1))
-        if len(target_sizes) != len(logits):
-            raise ValueError(f"`target_sizes` has {len(target_sizes)} sizes for {len(logits)} images: give one each.")
+        scores = list(outputs.logits)
+        if target_sizes is not None:
+            if len(target_sizes) != len(scores):
+                raise ValueError(
+                    f"`target_sizes` has {len(target_sizes)} sizes for {len(scores)} images: give one each."
+                )
+            scores = [
+                torch.nn.functional.interpolate(
+                    logits[None].float(), size=tuple(map(int, size)), mode="bilinear", align_corners=False
+                )[0]
+                for logits, size in zip(scores, target_sizes, strict=True)
+            ]
+        segmentations = [logits.argmax(dim=0) for logits in scores]
+        if not return_segmentation_scores:
+            return segmentations
         return [
-            torch.nn.functional.interpolate(
-                scores[None].float(), size=tuple(map(int, size)), mode="bilinear", align_corners=False
-            )[0].argmax(dim=0)
-            for scores, size in zip(logits, target_sizes, strict=True)
+            BatchFeature({"segmentation": segmentation, "segmentation_scores": logits})
+            for segmentation, logits in zip(segmentations, scores, strict=True)
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -142,7 +142,8 @@ class ImportanceRule(DistanceRule):
         stays = torch.ones_like(source_weights, dtype=torch.bool)
         targets, among_sources = tokens[:, ::2], sources @ sources.transpose(1, 2)
         products = Products(squares(sources), squares(targets), sources @ targets.transpose(1, 2), weights[:, ::2])
-        for turn, number in enumerate(split_evenly(num_merged, self.num_rounds), start=1):
+        numbers = split_evenly(num_merged, self.num_rounds)
+        for turn, number in enumerate(numbers, start=1):
             # (batch_size, num_sources, num_targets)
             distances = products.source_squares.unsqueeze(2) + products.target_squares.unsqueeze(1)
             distances = distances - 2 * products.between
@@ -151,7 +152,7 @@ class ImportanceRule(DistanceRule):
             joining = loss.masked_fill(~stays, torch.inf).topk(number, largest=False).indices
             joined = match.gather(1, joining)
             stays, roots = stays.scatter(1, joining, False), redirect(roots, joining, joined)
-            if turn < self.num_rounds:
+            if turn < len(numbers):
                 with_sources, moved_weights = rows(among_sources, joining), source_weights.gather(1, joining)
                 products = products.after(with_sources, moved_weights, joining, joined)
         return roots
@@ -263,6 +264,8 @@ def redirect(roots: torch.Tensor, joining: torch.Tensor, joined: torch.Tensor) -
 
 
 def split_evenly(number: int, num_parts: int) -> list[int]:
-    """`number` in `num_parts` parts that differ by at most 1."""
+    """`number` in at most `num_parts` parts that differ by at most 1."""
     cuts = [number * part // num_parts for part in range(num_parts + 1)]
-    return [cuts[part + 1] - cuts[part] for part in range(num_parts)]
+    parts = [cuts[part + 1] - cuts[part] for part in range(num_parts)]
+    # ONNX cannot reshape tensors without elements. With a free image size the parts are not numbers yet.
+    return [part for part in parts if not isinstance(part, int) or part > 0]

@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from transformers_tests import test_image_processing_common
 from transformers_tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
 
 from hpool_vit import HPoolViTImageProcessor, HPoolViTImageProcessorPil
@@ -22,6 +23,9 @@ class HPoolViTImageProcessingTester(ImageProcessingTester):
     min_resolution = 30
     max_resolution = 400
     crop_size = {"height": 18, "width": 20}
+    # Of the scores that are segmented.
+    num_labels = 5
+    size = {"height": 6, "width": 7}
 
     def __init__(self):
         """Nothing to look up: the tests below name the image processors."""
@@ -38,7 +42,11 @@ class HPoolViTImageProcessingTester(ImageProcessingTester):
         }
 
 
-class HPoolViTImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
+# Earlier versions of the suite do not have it.
+PostProcessTestMixin = getattr(test_image_processing_common, "PostProcessSemanticSegmentationTestMixin", object)
+
+
+class HPoolViTImageProcessingTest(ImageProcessingTestMixin, PostProcessTestMixin, unittest.TestCase):
     image_processing_classes = {"torchvision": HPoolViTImageProcessor, "pil": HPoolViTImageProcessorPil}
     test_cast_dtype = True
 

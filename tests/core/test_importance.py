@@ -62,7 +62,8 @@ class TestRoots:
     def test_parts_differ_by_at_most_one(self):
         for number, parts in itertools.product(range(12), range(1, 6)):
             split = split_evenly(number, parts)
-            assert sum(split) == number and len(split) == parts and max(split) - min(split) <= 1
+            assert sum(split) == number and len(split) == min(parts, number)
+            assert not split or max(split) - min(split) <= 1
 
 
 class TestMeans:
