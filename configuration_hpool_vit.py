@@ -715,9 +715,9 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
             ("pool_stride", "(rows, columns), each at least 1"),
             ("rope_grid", "(rows, columns), each at least 1"),
         ):
-            shape = _pair(getattr(self, name) or 1) if name == "rope_grid" else _pair(getattr(self, name))
-            if len(shape) != 2 or min(shape) < 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` must be one number or {axes}.")
+            value = getattr(self, name)
+            if value is not None and (len(_pair(value)) != 2 or min(_pair(value)) < 1):
+                raise ValueError(f"`{name}={value}` must be one number or {axes}.")
         if isinstance(self.pool_kernel_size, int) != isinstance(self.pool_stride, int):
             raise ValueError(
                 f"`pool_kernel_size={self.pool_kernel_size}` and `pool_stride={self.pool_stride}` must both be "

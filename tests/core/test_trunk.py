@@ -326,6 +326,7 @@ def test_the_defaults_add_no_parameter():
         ({"rope_theta": 10.0, "num_attention_heads": 16}, "divisible by 4"),
         ({"rope_coordinates": "polar"}, "`rope_coordinates='polar'` is unknown"),
         ({"rope_grid": (0, 4)}, "`rope_grid=(0, 4)` must be"),
+        ({"rope_grid": 0}, "`rope_grid=0` must be"),
         ({"norm_after_pooling": True, "ln_order": "pre", "use_final_norm": False}, "needs `use_final_norm=True`"),
         (
             {
