@@ -8,22 +8,13 @@ from helpers import EXAMPLES, TESTS, run_python, tiny_model
 from huggingface_hub import ModelCard
 from image_files import write_folder
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification
 
 from hpool_vit import HPoolViTImageProcessor
 from hpool_vit.toolkit.training.recipes import recipe_arguments
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-
-@pytest.fixture(scope="module")
-def vit_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(folder)
-    HPoolViTImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(folder)
-    return folder
 
 
 def test_a_vit_is_fine_tuned_with_pooling_and_loads_without_the_package(tmp_path, vit_folder):

@@ -10,7 +10,7 @@ import torch
 from helpers import EXAMPLES, run_python, tiny_model
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, ViTConfig, ViTForImageClassification
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import hpool_vit
 from hpool_vit import HPoolViTImageProcessor
@@ -39,15 +39,6 @@ def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder / "train", 24)
     write_scenes(folder / "validation", 6)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vit_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(folder)
-    HPoolViTImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(folder)
     return folder
 
 

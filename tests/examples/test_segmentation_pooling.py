@@ -6,7 +6,7 @@ import pytest
 import segmentation_pooling
 import torch
 from helpers import tiny_model
-from test_run_semantic_segmentation import scenes, vit_folder  # noqa: F401
+from test_run_semantic_segmentation import scenes  # noqa: F401
 from torch import nn
 
 

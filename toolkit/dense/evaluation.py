@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from hpool_vit.modeling_hpool_vit import IGNORED_LABEL
+from hpool_vit.modeling_hpool_vit import IGNORED_LABEL, resize_map
 
 from ..shared.console import needs
 
@@ -22,7 +21,7 @@ METRIC = Path(__file__).resolve().parent / "metrics" / "mean_iou"
 
 def resize_scores(logits: torch.Tensor, size: Iterable[int]) -> torch.Tensor:
     """Scores of shape `(batch_size, num_labels, rows, columns)` at (height, width), bilinearly."""
-    return nn.functional.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+    return resize_map(logits.float(), tuple(size))
 
 
 def count_pixels(answers: torch.Tensor, labels: torch.Tensor, num_labels: int) -> torch.Tensor:

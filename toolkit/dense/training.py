@@ -32,19 +32,20 @@ def make_segmenter_optimizer(
     AdamW with a learning rate that is `head_factor` times as high in the head, which is new, and without weight decay
     on biases, norms, position embeddings and special tokens.
     """
-    trunk = {id(parameter) for parameter in trunk_of(model).parameters()}
+    trunk, exempt = trunk_of(model), trunk_of(model).no_weight_decay()
+    trunk_decays = {id(parameter): name not in exempt for name, parameter in trunk.named_parameters()}
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and not name.endswith(("position_embeddings", "cls_token", "register_tokens"))
-        groups.setdefault((id(parameter) in trunk, decays), []).append(parameter)
+    for parameter in model.parameters():
+        decays = parameter.ndim > 1 and trunk_decays.get(id(parameter), True)
+        groups.setdefault((id(parameter) in trunk_decays, decays), []).append(parameter)
     return AdamW(
         [
             {
                 "params": parameters,
-                "lr": learning_rate * (1 if in_trunk else head_factor),
+                "lr": learning_rate * (1 if is_trunk else head_factor),
                 "weight_decay": weight_decay * decays,
             }
-            for (in_trunk, decays), parameters in groups.items()
+            for (is_trunk, decays), parameters in groups.items()
         ],
         lr=learning_rate,
     )
