@@ -34,6 +34,8 @@ DEFAULTS = {
     "logging_steps": 10,
     "per_device_eval_batch_size": 64,
     "report_to": ["tensorboard"] if is_tensorboard_available() else [],
+    # The other strategies copy weights that are still being trained into the output folder.
+    "hub_strategy": "end",
     # Processes with different numbers of images would see some of them twice.
     "dataloader_drop_last": True,
     # The transforms and the loss need more than the arguments of the model's `forward`.
@@ -48,6 +50,8 @@ WITHOUT_EFFECT = {
     "resume_from_checkpoint": "training resumes from the last complete checkpoint in `output_dir`",
     "save_only_model": "training could not resume from such checkpoints",
     "ignore_data_skip": "a resumed run would see other images",
+    "hub_strategy": "`output_dir` holds no model until the run has come to its end, when it is pushed",
+    "hub_always_push": "the model is pushed once, at the end",
     "auto_find_batch_size": "the number of images per step is part of the recipe",
     **dict.fromkeys(
         ("dataloader_drop_last", "train_sampling_strategy"), "an epoch consists of full batches in random order"
@@ -67,7 +71,7 @@ WITHOUT_EFFECT = {
 FREE_TO_CHANGE = {
     "output_dir", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "disable_tqdm", "run_name",
     "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "log_level", "per_device_eval_batch_size",
-    "push_to_hub", "hub_model_id", "max_bad_images", "local_rank", "project", "ddp_timeout",
+    "push_to_hub", "hub_model_id", "hub_strategy", "max_bad_images", "local_rank", "project", "ddp_timeout",
 }  # fmt: skip
 # What has no effect on a frozen trunk, or needs a trunk that is trained.
 TRAINS_THE_TRUNK = {

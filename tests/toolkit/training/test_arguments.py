@@ -87,6 +87,7 @@ def error_of(capsys, tmp_path, *flags, file=None) -> str:
         (["--eval_strategy", "never"], "never"),
         (["--optim", "sgd"], "`optim='sgd'` has no effect, because the recipes use AdamW: leave it out"),
         (["--save_only_model"], "training could not resume"),
+        (["--hub_strategy", "every_save"], "`hub_strategy='every_save'` has no effect, because `output_dir` holds no"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -135,6 +136,11 @@ def test_a_run_resumes_only_with_the_settings_that_it_started_with(tmp_path):
         check_same_run(parse(tmp_path, *flags, "--seed", "3"), tmp_path)
     with pytest.raises(ValueError, match=r"mixup_alpha=0\.0, and this run has mixup_alpha=0\.5"):
         check_same_run(parse(tmp_path, *flags, "--mixup_alpha", "0.5"), tmp_path)
+
+
+def test_the_end_is_the_only_time_to_push(tmp_path):
+    assert parse(tmp_path, "--push_to_hub").training.hub_strategy == "end"
+    assert parse(tmp_path, "--push_to_hub", "--hub_strategy", "end").training.hub_strategy == "end"
 
 
 def test_flags_may_be_written_with_dashes_too(tmp_path):
