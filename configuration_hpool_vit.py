@@ -501,6 +501,11 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.resolved_readout.startswith("class_token")
 
     @property
+    def num_tokens_read(self) -> int | None:
+        """How many of the last block's tokens, from the first on, the pooled output comes from; None: all."""
+        return 1 if self.resolved_readout == "class_token" else None
+
+    @property
     def needs_importance(self) -> bool:
         """Whether merging asks how much the class token attends to each token."""
         return self.pool_mode == "merge" and self.merge_rule == "importance" and self.reads_class_token

@@ -231,8 +231,16 @@ def eager_attention_forward(
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
+def leading(states: torch.Tensor, num_tokens: int | None, dim: int = 1) -> torch.Tensor:
+    """The first tokens along an axis; None: all."""
+    return states if num_tokens is None else states.narrow(dim, 0, num_tokens)
+
+
 class HPoolViTAttention(nn.Module):
-    """Multi-head self-attention over hidden states of shape `(batch_size, num_tokens, hidden_size)`."""
+    """
+    Multi-head self-attention over hidden states of shape `(batch_size, num_tokens, hidden_size)`. With `num_outputs`,
+    only the first tokens look at all the others, and only they are returned.
+    """
 
     def __init__(self, config: HPoolViTConfig):
         super().__init__()
@@ -253,17 +261,25 @@ class HPoolViTAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        num_outputs: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # (batch_size, num_heads, num_tokens, head_dim)
+        # (batch_size, num_heads, num_outputs or num_tokens, head_dim)
         query, key, value = (
-            projection(hidden_states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            for projection, states in (
+                (self.q_proj, leading(hidden_states, num_outputs)),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
         )
         # Autocast leaves the norms in float32.
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         if position_embeddings is not None:
-            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+            key = rotate(key, *position_embeddings)
+            query = rotate(query, *(leading(part, num_outputs, dim=2) for part in position_embeddings))
+        if attention_mask is not None:
+            attention_mask = leading(attention_mask, num_outputs, dim=2)
         attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         hidden_states, attentions = attention_fn(
             self,
@@ -366,7 +382,8 @@ class HPoolViTDropPath(nn.Module):
 class HPoolViTLayer(GradientCheckpointingLayer):
     """
     What the blocks of every `ln_order` have in common: attention A and MLP M, each branch through layer scale and drop
-    path. A block takes and returns its streams of hidden states; attention reads the first.
+    path. A block takes and returns its streams of hidden states; attention reads the first. With `num_outputs`, it
+    returns only the first tokens.
 
     Attributes:
         num_streams (`int`): the number of streams, 1 or 2.
@@ -430,8 +447,9 @@ class HPoolViTPreNormLayer(HPoolViTLayer):
         normed: torch.Tensor = self.layernorm_before(hidden_states)
         return normed
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Streams:
-        hidden_states = hidden_states + self.attention_branch(self.layernorm_before(hidden_states), **kwargs)
+    def forward(self, hidden_states: torch.Tensor, num_outputs: int | None = None, **kwargs: Any) -> Streams:
+        branch = self.attention_branch(self.layernorm_before(hidden_states), num_outputs=num_outputs, **kwargs)
+        hidden_states = leading(hidden_states, num_outputs) + branch
         return (hidden_states + self.mlp_branch(self.layernorm_after(hidden_states)),)
 
 
@@ -440,8 +458,9 @@ class HPoolViTPostNormLayer(HPoolViTLayer):
 
     has_final_norm = False
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Streams:
-        hidden_states = self.layernorm_before(hidden_states + self.attention_branch(hidden_states, **kwargs))
+    def forward(self, hidden_states: torch.Tensor, num_outputs: int | None = None, **kwargs: Any) -> Streams:
+        branch = self.attention_branch(hidden_states, num_outputs=num_outputs, **kwargs)
+        hidden_states = self.layernorm_before(leading(hidden_states, num_outputs) + branch)
         return (self.layernorm_after(hidden_states + self.mlp_branch(hidden_states)),)
 
     @staticmethod
@@ -458,10 +477,12 @@ class HPoolViTResidualLayer(HPoolViTLayer):
     def finish(tokens: Tokens, layernorm: nn.Module) -> torch.Tensor:
         return tokens.hidden_states + layernorm(tokens.residual)
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor, **kwargs: Any) -> Streams:
-        branch = self.attention_branch(hidden_states, **kwargs)
-        residual = residual + branch
-        hidden_states = self.layernorm_before(hidden_states + branch)
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, num_outputs: int | None = None, **kwargs: Any
+    ) -> Streams:
+        branch = self.attention_branch(hidden_states, num_outputs=num_outputs, **kwargs)
+        residual = leading(residual, num_outputs) + branch
+        hidden_states = self.layernorm_before(leading(hidden_states, num_outputs) + branch)
         branch = self.mlp_branch(hidden_states)
         return self.layernorm_after(hidden_states + branch), residual + branch
 
@@ -735,9 +756,18 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         return {"attention_mask": mask, "position_embeddings": rotation}
 
     def encode(
-        self, pixel_values: Any, interpolate_pos_encoding: bool, keep: Collection[int] = (), **kwargs: Any
+        self,
+        pixel_values: Any,
+        interpolate_pos_encoding: bool,
+        keep: Collection[int] = (),
+        stop: int | None = None,
+        pooled_only: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tokens, dict[int, Tokens]]:
-        """The tokens that the last block returns, and those after n blocks for each n in `keep`."""
+        """
+        The tokens that the last block returns, and those after n blocks for each n in `keep`. With `stop`, only so
+        many blocks run. With `pooled_only`, the last block returns only tokens that the readout reads.
+        """
         if kwargs.pop("attention_mask", None) is not None:
             raise ValueError("HPool-ViT takes no `attention_mask`: every token is attended to. Leave it out.")
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
@@ -750,13 +780,15 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         kept = {0: tokens} if 0 in keep else {}
         attention_inputs = self.attention_inputs(tokens)
         stages, blocks = self.pooling.in_use(), cast(list[Any], self.layers)
-        for index, layer in enumerate(blocks):
+        for index, layer in enumerate(blocks[:stop]):
             if index in stages:
                 if stages[index].needs_importance:
                     rotation = attention_inputs["position_embeddings"]
                     tokens = tokens._replace(log_importance=layer.log_importance(tokens, rotation))
                 tokens = stages[index](tokens, interpolate_pos_encoding)
                 attention_inputs = self.attention_inputs(tokens)
+            if pooled_only and index + 1 == len(blocks):
+                attention_inputs["num_outputs"] = self.config.num_tokens_read
             tokens = tokens.with_streams(layer(*tokens.streams, **attention_inputs, **kwargs))
             if index + 1 in keep:
                 kept[index + 1] = tokens
@@ -769,6 +801,7 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -777,8 +810,11 @@ class HPoolViTModel(HPoolViTPreTrainedModel):
         interpolate_pos_encoding (`bool`, *optional*):
             Whether to resize the position embeddings to the images, which may then have any size that leaves at least
             one token. Otherwise, any size but `config.image_size` raises a `ValueError`.
+        pooled_only (`bool`, *optional*, defaults to `False`):
+            Whether only the `pooler_output` is wanted. If that is the class token, the last block computes no other
+            one, and `last_hidden_state` has only this.
         """
-        tokens, _ = self.encode(pixel_values, bool(interpolate_pos_encoding), **kwargs)
+        tokens, _ = self.encode(pixel_values, bool(interpolate_pos_encoding), pooled_only=pooled_only, **kwargs)
         if self.config.norm_after_pooling:
             last_hidden_state = tokens.hidden_states
             pooler_output = None if self.readout is None else self.layernorm(self.readout(tokens))
@@ -838,8 +874,15 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
         """
         if labels is not None and not self.num_labels:
             raise ValueError("`labels` need a classifier, and the model has none (`num_labels=0`): give it classes.")
+        # What is recorded is recorded of all tokens.
+        flags = ("output_hidden_states", "output_attentions")
+        records = any(kwargs.get(name, getattr(self.config, name, False)) for name in flags)
         outputs: BaseModelOutputWithPooling = self.hpool_vit(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            pooled_only=not records,
+            return_dict=True,
+            **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
@@ -927,6 +970,27 @@ class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
         self.num_features = [channels or config.hidden_size] * len(config.stage_names)
         self.pyramid = HPoolViTFeaturePyramid(config, channels) if channels else None
         self.post_init()
+        self.freeze_unread_blocks()
+
+    @property
+    def map_indices(self) -> list[int]:
+        """After how many blocks a map is taken."""
+        last = self.config.num_hidden_layers
+        return [last] if self.pyramid is not None else [index % (last + 1) for index in self.out_indices]
+
+    def freeze_unread_blocks(self) -> None:
+        """
+        What comes after the last map does not run: DistributedDataParallel would wait for its gradients, and weight
+        decay would wear it out.
+        """
+        stop = max(self.map_indices)
+        stages = [stage for block, stage in self.hpool_vit.pooling.items() if int(block) >= stop]
+        for module in (*self.hpool_vit.layers[stop:], *stages):
+            module.requires_grad_(False)
+
+    def add_stages(self) -> None:
+        super().add_stages()
+        self.freeze_unread_blocks()
 
     @staticmethod
     def choose_outputs(config: HPoolViTConfig) -> None:
@@ -955,9 +1019,12 @@ class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
         """
         if interpolate_pos_encoding is None:
             interpolate_pos_encoding = tuple(pixel_values.shape[2:]) != self.config.image_shape
-        last = self.config.num_hidden_layers
-        indices = [last] if self.pyramid is not None else [index % (last + 1) for index in self.out_indices]
-        _, kept = self.hpool_vit.encode(pixel_values, interpolate_pos_encoding, keep=indices, **kwargs)
+        indices = self.map_indices
+        # What is recorded is recorded of all blocks.
+        flags = ("output_hidden_states", "output_attentions")
+        records = any(kwargs.get(name, getattr(self.config, name, False)) for name in flags)
+        stop = None if records else max(indices)
+        _, kept = self.hpool_vit.encode(pixel_values, interpolate_pos_encoding, keep=indices, stop=stop, **kwargs)
         feature_maps = [self.hpool_vit.finish(kept[index]).feature_map for index in indices]
         if self.pyramid is not None:
             feature_maps = self.pyramid(feature_maps[0])

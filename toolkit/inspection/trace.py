@@ -136,7 +136,13 @@ def trace_pooling(
     if isinstance(pixel_values, torch.Tensor):
         pixel_values = pixel_values.to(model.device)
     with torch.device("cpu"):  # the recorder's tensors are made here
-        output = replica(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
+        # With attentions, every block computes all tokens.
+        output = replica(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_attentions=True,
+            return_dict=True,
+        )
     logits = output.logits.float().cpu() if "logits" in output and config.num_labels else None
     rollout = recorder.read_rollout()
     if not all(tensor.isfinite().all() for tensor in (rollout, logits) if tensor is not None):
@@ -150,7 +156,7 @@ def trace_pooling(
     )
 
 
-def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[int]:
+def block_macs(config: HPoolViTConfig, num_patches: int | None = None, pooled_only: bool = True) -> list[int]:
     """
     The multiply-accumulates of each block for one image: matrix products, as [`model_stats`] counts them. Merging
     counts towards the block at whose input it happens.
@@ -158,6 +164,8 @@ def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[i
     Args:
         config (`HPoolViTConfig`): the configuration.
         num_patches (`int`, *optional*): the number of patches of the image. Default: that of `config.image_size`.
+        pooled_only (`bool`, defaults to `True`):
+            Whether the last block computes only what the pooled output comes from, as it does in a classifier.
 
     Returns:
         `list[int]`: one number for each block.
@@ -172,8 +180,12 @@ def block_macs(config: HPoolViTConfig, num_patches: int | None = None) -> list[i
             num_streams = LAYERS[config.ln_order].num_streams
             pooling = POOLINGS[config.pool_mode].macs(config, *tokens[stage - 1 : stage + 1], num_streams)
         num_tokens = tokens[stage] + config.num_prefix_tokens
-        weights = 4 * width * width + (3 if config.use_gated_mlp else 2) * width * config.intermediate_size
-        macs.append(num_tokens * weights + 2 * num_tokens * num_tokens * width + pooling)
+        is_last = block == config.num_hidden_layers - 1
+        num_outputs = (config.num_tokens_read if is_last and pooled_only else None) or num_tokens
+        # Keys and values of all tokens; queries, output projection and MLP of those that come out.
+        weights = 2 * width * width + (3 if config.use_gated_mlp else 2) * width * config.intermediate_size
+        products = num_tokens * 2 * width * width + num_outputs * (weights + 2 * num_tokens * width)
+        macs.append(products + pooling)
     return macs
 
 

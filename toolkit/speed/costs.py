@@ -21,7 +21,8 @@ TIMING_ROUNDS = 5
 
 class MacsCost:
     """
-    Multiply-accumulates for one image, as [`model_stats`] counts them.
+    Multiply-accumulates for one image, as [`model_stats`] counts them. Without pooling they are those of the model's
+    source, which computes all tokens in its last block too.
 
     Args:
         config: the configuration of the model.
@@ -32,10 +33,10 @@ class MacsCost:
     def __init__(self, config: HPoolViTConfig):
         self.config = config.with_schedule(None)
         self.num_patches = config.tokens_per_stage()[0]
-        self.unpooled = model_stats(self.config)["macs"]
         # The embeddings and the head, which no schedule changes.
-        self.rest = self.unpooled - sum(block_macs(self.config))
-        self.known: dict[Schedule, int] = {}
+        self.rest = model_stats(self.config)["macs"] - sum(block_macs(self.config))
+        self.unpooled = self.rest + sum(block_macs(self.config, pooled_only=False))
+        self.known: dict[Schedule, int] = {(): self.unpooled}
 
     def __call__(self, schedule: Schedule) -> int:
         if schedule not in self.known:
@@ -109,7 +110,9 @@ def seconds_per_image(model: nn.Module, pixel_values: torch.Tensor, schedules: l
 
 def run(model: nn.Module, fields: dict[str, Any], pixel_values: torch.Tensor) -> None:
     set_schedule(model, fields)
-    model(pixel_values).logits.cpu()  # copying waits for an accelerator
+    # Without pooling, all tokens of the last block, as the model's source computes them.
+    pooled = model.base_model(pixel_values, pooled_only=bool(fields["hvt_pool"])).pooler_output
+    model.classifier(pooled).cpu()  # copying waits for an accelerator
 
 
 def set_schedule(model: nn.Module, fields: dict[str, Any]) -> None:

@@ -97,3 +97,10 @@ def test_the_cost_in_time_finds_what_products_tokens_and_stages_take(cost):
 def test_no_part_of_the_time_counts_as_negative():
     factors = non_negative_fit(np.array([[1.0, 0.0], [2.0, 1.0], [3.0, 1.0]]), np.array([1.0, 1.5, 2.5]))
     assert factors.min() >= 0 and factors[0] > 0
+
+
+def test_a_speed_is_relative_to_the_source_which_computes_all_tokens_in_its_last_block():
+    config = tiny_config(**MERGE, use_class_token=True)
+    cost = MacsCost(config)
+    assert cost.unpooled == cost(()) > model_stats(config.with_schedule(None))["macs"]
+    assert cost(((1, 32),)) == model_stats(config.with_schedule(**schedule_fields(((1, 32),), 64)))["macs"]
