@@ -978,6 +978,11 @@ class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
         last = self.config.num_hidden_layers
         return [last] if self.pyramid is not None else [index % (last + 1) for index in self.out_indices]
 
+    def train(self, mode: bool = True) -> "HPoolViTBackbone":
+        super().train(mode)
+        self.freeze_unread_blocks()  # loading replaces parameters, and ends here in evaluation mode
+        return self
+
     def freeze_unread_blocks(self) -> None:
         """
         What comes after the last map does not run: DistributedDataParallel would wait for its gradients, and weight

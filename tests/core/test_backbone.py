@@ -112,6 +112,43 @@ class TestFeatureMaps:
                 torch.testing.assert_close(feature_map, other, atol=1e-5, rtol=1e-5)
 
 
+class TestEarlyMaps:
+    """A last map before the last block."""
+
+    @pytest.mark.parametrize("pooling", [MERGE, GRID], ids=["merge", "grid"])
+    def test_no_block_after_the_last_map_runs(self, pooling, pixel_values):
+        model, ran = backbone(**pooling, out_indices=[1, 2]), []
+        for index, layer in enumerate(model.hpool_vit.layers):
+            layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+        early, expected = model(pixel_values), backbone(**pooling, out_indices=[1, 2, 4])(pixel_values)
+        assert ran == [0, 1]
+        assert all(map(torch.equal, early.feature_maps, expected.feature_maps[:2]))
+
+    def test_what_is_recorded_is_recorded_of_all_blocks(self, pixel_values):
+        outputs = backbone(hvt_pool=None, out_indices=[2])(pixel_values, output_hidden_states=True)
+        assert len(outputs.hidden_states) == 5
+
+    def test_exactly_what_runs_learns_also_after_loading(self, pixel_values, tmp_path):
+        backbone(**GRID, out_indices=[2]).save_pretrained(tmp_path)
+        for model in (backbone(**GRID, out_indices=[2]), HPoolViTBackbone.from_pretrained(tmp_path)):
+            model.train()(pixel_values).feature_maps[0].square().sum().backward()
+            learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            assert learning == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+            assert "hpool_vit.layers.1.mlp.fc1.weight" in learning
+            assert not any(name.startswith(("hpool_vit.layers.2.", "hpool_vit.pooling.3.")) for name in learning)
+
+    def test_all_blocks_learn_again_once_a_map_follows_them(self, pixel_values, tmp_path):
+        backbone(**MERGE, out_indices=[2]).save_pretrained(tmp_path)
+        model = HPoolViTBackbone.from_pretrained(tmp_path, out_indices=[4])
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_a_stage_that_is_added_after_the_last_map_does_not_learn(self):
+        model = backbone(**GRID, out_indices=[2])
+        model.set_hvt_pool([1, 2])
+        added = model.hpool_vit.pooling["2"]
+        assert [parameter.requires_grad for parameter in added.parameters()] == [False]
+
+
 class TestFolders:
     def test_a_trained_classifier_becomes_a_backbone(self, pixel_values, tmp_path):
         classifier = tiny_model(**MERGE)
