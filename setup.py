@@ -50,6 +50,7 @@ setup(
     package_data={
         "hpool_vit": ["py.typed", "LICENSE"],
         "hpool_vit.toolkit.demo": ["space_files/*"],
+        "hpool_vit.toolkit.export": ["web_files/*"],
         "hpool_vit.toolkit.hub": ["*.md"],
     },
     entry_points={"console_scripts": ["hpool-vit = hpool_vit.toolkit.command:main"]},

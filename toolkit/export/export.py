@@ -1,6 +1,5 @@
 """Export a trained model: a function for programs, and the command `hpool-vit export`."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,9 +12,9 @@ from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.measuring import Logits
 from ..shared.options import Model, OutputDir, Speed
-from ..shared.saved_model import check_weights, load_saved_model
+from ..shared.saved_model import check_weights, load_saved_model, segments
 from .checks import BATCH_SIZES, ExportError, check_preprocessing, image_sizes, largest_difference, random_images
-from .formats import FORMATS, trace
+from .formats import FORMATS, check_options, trace
 
 
 TOLERANCE = 1e-4
@@ -44,10 +43,8 @@ class Int8Options:
     batch_size: int = 8
     num_threads: int = 0
 
-    def check(self, format: str) -> None:
+    def check(self) -> None:
         """Raises an `ExportError` for options that do not go together."""
-        if self.method and format != "onnx":
-            raise ExportError(f"`int8={self.method}` needs `format=onnx`, not {format}.")
         if self.method == "static" and not self.calibration_dir:
             raise ExportError("`int8=static` needs `calibration_dir`, a folder of images like those to classify.")
         for name in ("eval_dir", "calibration_dir"):
@@ -71,16 +68,18 @@ def export_model(
     eval_dir: str | Path | None = None,
     batch_size: int = 8,
     num_threads: int = 0,
+    runtime: str | Path | None = None,
 ) -> dict[str, Any]:
     """
-    Exports a trained model to ONNX, which runs without PyTorch, or to the format of `torch.export`, which runs without
-    this package and Transformers. The folder also gets preprocessor_config.json, labels.json, export.json with what
-    was measured and, for ONNX, predict_onnx.py. It appears only if the exported model gives the logits of PyTorch.
+    Exports a trained model to ONNX, which runs without PyTorch, to the format of `torch.export`, which runs without
+    this package and Transformers, or as a page that runs it in a browser. The folder also gets
+    preprocessor_config.json, labels.json, export.json with what was measured and, for ONNX, predict_onnx.py. It
+    appears only if the exported model gives the logits of PyTorch.
 
     Args:
         model (`str`): a saved folder, or an id on the Hub.
         output_dir (`str` or `Path`): a folder that does not exist yet, or is empty.
-        format (`str`): `"onnx"` or `"torch_export"`.
+        format (`str`): `"onnx"`, `"torch_export"` or `"web"`.
         dynamic_image_size (`bool`): whether the exported model takes images of any multiple of the patch size. It
             takes any number of them in either case.
         speed (`float`, *optional*): one of the speeds that the model offers; 1: no pooling. Default: the model's own.
@@ -91,6 +90,8 @@ def export_model(
             of int8 and float32 on.
         batch_size (`int`): images per batch in the measurements of int8.
         num_threads (`int`): threads in the measurements of int8; 0 means all cores.
+        runtime (`str` or `Path`, *optional*): for `"web"`, the package onnxruntime-web as a file or folder, where the
+            npm registry cannot be reached. By default it is downloaded once.
 
     Returns:
         The content of export.json.
@@ -101,21 +102,24 @@ def export_model(
     """
     folders = [None if path is None else Path(path) for path in (calibration_dir, eval_dir)]
     options = Int8Options(int8, folders[0], num_calibration_images, folders[1], batch_size, num_threads)
-    if format not in FORMATS:
-        raise ExportError(f"`format={format}` is unknown: choose one of {', '.join(FORMATS)}.")
-    options.check(format)
-    FORMATS[format].check_packages()
+    check_options(format, {"int8": int8, "dynamic_image_size": dynamic_image_size, "runtime": runtime})
+    options.check()
+    chosen = FORMATS[format]
+    chosen.check_packages()
     check_output_dir(output_dir)
+    files = chosen.files(runtime)
     with folder_written_whole(output_dir) as folder:
-        network, preprocessing = load(model, format == "onnx", speed)
+        network, preprocessing = load(model, chosen.prepares_images, speed)
         record = {"model": str(model), "format": format, "torch": torch.__version__}
         record |= {} if speed is None else {"speed": speed}
-        record |= write_model(network, folder / FORMATS[format].file_name, format, dynamic_image_size)
+        record |= write_model(network, folder / chosen.file_name, format, dynamic_image_size)
         labels = [network.config.id2label[index] for index in range(network.config.num_labels)]
         write_json(folder / "preprocessor_config.json", preprocessing)
         write_json(folder / "labels.json", labels)
-        if format == "onnx":
-            shutil.copyfile(Path(__file__).with_name("predict_onnx.py"), folder / "predict_onnx.py")
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        chosen.describe(network, folder)
         if int8:
             record["int8"] = write_int8(folder, labels, preprocessing, network.config, options)
         write_json(folder / RECORD, record)
@@ -123,9 +127,11 @@ def export_model(
 
 
 def load(
-    name: str, for_onnx: bool, speed: float | None = None
+    name: str, prepares_images: bool, speed: float | None = None
 ) -> tuple[HPoolViTForImageClassification, dict[str, Any]]:
     """A trained model in float32, and the content of its preprocessor_config.json."""
+    if segments(name):
+        raise ExportError(f"{name} gives each pixel a class: only classifiers of images are exported.")
     chosen = {} if speed is None else {"speed": speed}
     model, image_processor, _, new = load_saved_model(name, dtype=torch.float32, attn_implementation="sdpa", **chosen)
     if model.config.model_type != HPoolViTConfig.model_type:
@@ -133,7 +139,7 @@ def load(
     check_weights(name, model, new)
     preprocessing = image_processor.to_dict()
     preprocessing.pop("auto_map", None)  # the exported folder does not have the code that it names
-    if for_onnx:
+    if prepares_images:
         check_preprocessing(image_processor, preprocessing, model.config)
     return model, preprocessing
 
@@ -142,8 +148,10 @@ def write_model(
     model: HPoolViTForImageClassification, file: Path, format: str, dynamic_image_size: bool
 ) -> dict[str, Any]:
     """Writes the exported model, compares it with `model`, and returns what was measured."""
-    logits = Logits(model, interpolate_pos_encoding=dynamic_image_size, return_dict=True).eval()
-    FORMATS[format].write(trace(logits, model.config, dynamic_image_size), file)
+    options = {"interpolate_pos_encoding": dynamic_image_size, "return_dict": True}
+    module = FORMATS[format].module(model, **options).eval()
+    FORMATS[format].write(trace(module, model.config, dynamic_image_size), file)
+    logits = Logits(model, **options).eval()
     difference = largest_difference(logits, FORMATS[format].open(file), model.config, dynamic_image_size)
     if not difference <= TOLERANCE:  # also true for NaN
         raise ExportError(
@@ -217,8 +225,11 @@ def command(
     model: Model,
     output_dir: OutputDir,
     format: Annotated[
-        Literal["onnx", "torch_export"],
-        typer.Option(help="ONNX runs without PyTorch; torch.export's format needs PyTorch alone."),
+        Literal["onnx", "torch_export", "web"],
+        typer.Option(
+            help="ONNX runs without PyTorch; torch.export's format needs PyTorch alone; web is a page that runs the "
+            "model in a browser."
+        ),
     ] = "onnx",
     dynamic_image_size: Annotated[
         bool, typer.Option(help="Take images of any multiple of the patch size, not only the model's own size.")
@@ -239,13 +250,23 @@ def command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch in the measurements of int8.")] = 8,
     num_threads: Annotated[int, typer.Option(help="Threads in the measurements of int8; 0 means all cores.")] = 0,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER_OR_TARBALL",
+            help="onnxruntime-web for --format web, as `npm pack` gets it. Default: downloaded once from npm.",
+        ),
+    ] = None,
 ) -> None:
     """
-    Export a trained model to ONNX or torch.export, in float32 or also in int8.
+    Export a trained model to ONNX, torch.export or a page for browsers, in float32 or also in int8.
 
     The folder appears only if the exported model gives the logits of PyTorch. It takes any number of images at once.
     For ONNX the folder includes predict_onnx.py, which classifies with NumPy, Pillow and ONNX Runtime alone:
     `python OUTPUT_DIR/predict_onnx.py photo.jpg`
+
+    With --format web it is a page of static files, also for a static Space. The page runs the model on the visitor's
+    device, and shows the classes, the time and what merged.
     """
     record = export_model(
         model,
@@ -259,5 +280,7 @@ def command(
         eval_dir=eval_dir,
         batch_size=batch_size,
         num_threads=num_threads,
+        runtime=runtime,
     )
-    print(report(record), f"Saved in {output_dir}.", sep="\n")
+    usage = FORMATS[format].usage.format(folder=output_dir)
+    print(report(record), f"Saved in {output_dir}. {usage}".strip(), sep="\n")

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from hpool_vit import HPoolViTConfig
+from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
 
 from ..shared.console import needs
 from ..shared.measuring import Logits
+from . import web
+from .checks import ExportError
 
 
 @dataclass
@@ -25,15 +28,39 @@ class Format:
         check_packages: raises an `ImportError` if packages are missing.
         write: writes a traced model to a file.
         open: opens such a file as a function from images to logits.
+        options: those options of `export_model` that not every format takes, and this one does.
+        module: the module to trace, made from the model and keywords of its forward pass. Its first output is the
+            logits.
+        prepares_images: whether a program in the folder prepares images.
+        files: the files that go into the folder whatever the model is, by name; takes `runtime`.
+        describe: writes files about the model into the folder.
+        usage: a command that uses the folder, with its name as `{folder}`.
     """
 
     file_name: str
     check_packages: Callable[[], None]
     write: Callable[[ExportedProgram, Path], None]
     open: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]
+    options: frozenset[str] = frozenset()
+    module: Callable[..., nn.Module] = Logits
+    prepares_images: bool = False
+    files: Callable[[str | Path | None], dict[str, bytes]] = lambda runtime: {}
+    describe: Callable[[HPoolViTForImageClassification, Path], None] = lambda model, folder: None
+    usage: str = ""
 
 
-def trace(model: Logits, config: HPoolViTConfig, dynamic_image_size: bool) -> ExportedProgram:
+def check_options(format: str, options: dict[str, Any]) -> None:
+    """Raises an `ExportError` for an unknown format, and for an option that is given and that it does not take."""
+    if format not in FORMATS:
+        raise ExportError(f"`format={format}` is unknown: choose one of {', '.join(FORMATS)}.")
+    for name, value in options.items():
+        if value not in (None, False) and name not in FORMATS[format].options:
+            takers = " or ".join(other for other in FORMATS if name in FORMATS[other].options)
+            given = f"`{name}`" if value is True else f"`{name}={value}`"
+            raise ExportError(f"{given} needs `format={takers}`, not {format}.")
+
+
+def trace(model: nn.Module, config: HPoolViTConfig, dynamic_image_size: bool) -> ExportedProgram:
     """
     The computation of a model as a graph for any batch size.
 
@@ -55,6 +82,10 @@ def trace(model: Logits, config: HPoolViTConfig, dynamic_image_size: bool) -> Ex
     return program
 
 
+# Of an ONNX model, in their order.
+OUTPUTS = ("logits", "groups")
+
+
 def check_onnx_packages() -> None:
     with needs("export"):
         import onnx  # noqa: F401
@@ -69,7 +100,7 @@ def write_onnx(program: ExportedProgram, file: Path) -> None:
         program,
         dynamo=True,
         input_names=["pixel_values"],
-        output_names=["logits"],
+        output_names=list(OUTPUTS[: len(program.graph_signature.user_outputs)]),
         dynamic_shapes={"pixel_values": {0: "batch", 2: "height", 3: "width"}},
         verbose=False,
     )
@@ -95,7 +126,38 @@ def open_torch_export(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return torch.export.load(file).module()
 
 
+def onnx_files(runtime: str | Path | None) -> dict[str, bytes]:
+    program = Path(__file__).with_name("predict_onnx.py")
+    return {program.name: program.read_bytes()}
+
+
 FORMATS = {
-    "onnx": Format("model.onnx", check_onnx_packages, write_onnx, open_onnx),
-    "torch_export": Format("model.pt2", lambda: None, write_torch_export, open_torch_export),
+    "onnx": Format(
+        file_name="model.onnx",
+        check_packages=check_onnx_packages,
+        write=write_onnx,
+        open=open_onnx,
+        options=frozenset({"int8", "dynamic_image_size"}),
+        prepares_images=True,
+        files=onnx_files,
+    ),
+    "torch_export": Format(
+        file_name="model.pt2",
+        check_packages=lambda: None,
+        write=write_torch_export,
+        open=open_torch_export,
+        options=frozenset({"dynamic_image_size"}),
+    ),
+    "web": Format(
+        file_name="model.onnx",
+        check_packages=check_onnx_packages,
+        write=write_onnx,
+        open=open_onnx,
+        options=frozenset({"runtime"}),
+        module=web.with_groups,
+        prepares_images=True,
+        files=web.page_files,
+        describe=web.describe,
+        usage="Look at it: python -m http.server --directory {folder}",
+    ),
 }
