@@ -31,11 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hvt-s-3": {"hidden_size": 384, "hvt_pool": [1, 5, 9]},
     "hvt-s-4": {"hidden_size": 384, "hvt_pool": [1, 4, 7, 10]},
     "scale-hvt-ti-4": {"hidden_size": 384, "hvt_pool": [1, 4, 7, 10]},
+    # Ours, not the paper's: windows on the grid of patches give feature maps of strides 16, 32 and 64.
+    "hpool-s-grid": {"hidden_size": 384, "hvt_pool": [3, 9], "pool_kernel_size": (2, 2), "pool_stride": (2, 2)},
 }
-
-
-# Models of ours, not of the paper: windows on the grid of patches give feature maps of strides 16, 32 and 64.
-PRESETS["hpool-s-grid"] = {"hidden_size": 384, "hvt_pool": [3, 9], "pool_kernel_size": (2, 2), "pool_stride": (2, 2)}
 
 # The feature maps of a pyramid, named by the logarithm of their strides.
 PYRAMID = ("p2", "p3", "p4", "p5")
