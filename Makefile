@@ -38,8 +38,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# In the order of the files: else the longest tests, which are alone in theirs, would come last.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 test-demo: $(VENV)/.installed
 	.ci/install_browser.sh
@@ -47,7 +48,7 @@ test-demo: $(VENV)/.installed
 
 test-conformance: $(VENV)/.installed
 	$(BIN)/python tests/conformance/fetch_transformers_tests.py
-	$(BIN)/python -m pytest tests/conformance -m conformance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/conformance -m conformance
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python examples/benchmark/benchmark.py --short --overwrite --output outputs/benchmark

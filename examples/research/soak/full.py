@@ -3,7 +3,7 @@
 import random
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,11 @@ class SmallDisks:
         return max(1, int(fraction * sum(-(-size // BLOCK) for size in sizes))) * BLOCK
 
 
-def soak_full(folder: Path, photos: Path, model: Path, times: int, seed: int) -> dict[str, Any]:
+def soak_full(
+    folder: Path, photos: Path, model: Path, times: int, seed: int, only: Sequence[str] | None = None
+) -> dict[str, Any]:
     """
-    Runs each command on `times` disks of random sizes.
+    Runs each command, or those in `only`, on `times` disks of random sizes.
 
     Returns:
         For each command: the sizes, how often it failed, and `lost`, a line for every file that was left incomplete
@@ -89,10 +91,10 @@ def soak_full(folder: Path, photos: Path, model: Path, times: int, seed: int) ->
     for name in PROGRAMS:
         commands[name] = lambda disk, name=name: training_command(name, photos, disk / "out", epochs=2)
     results: dict[str, Any] = {"disk": disks.kind}
-    for number, (name, command) in enumerate(commands.items()):
+    for number, name in enumerate(only or commands):
         scratch = folder / str(number)
         scratch.mkdir()
-        results[name] = soak_command(name, command, disks, scratch, times, random.Random(f"{name} {seed}"))
+        results[name] = soak_command(name, commands[name], disks, scratch, times, random.Random(f"{name} {seed}"))
     return results
 
 

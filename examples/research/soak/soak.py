@@ -39,28 +39,32 @@ from hpool_vit.toolkit.shared.files import read_json, write_json
 
 
 CLIENTS = 4
+# With `--short`: one that writes a folder, one that writes files, and the one that resumes.
+SHORT_COMMANDS = ("hpool-vit convert", "hpool-vit predict", "hpool-vit train")
 
 
 def killed(folder: Path, short: bool, seed: int) -> dict[str, Any]:
     # 20 moments in all.
-    kills, epochs = (1, 2) if short else (10, 6)
+    kills, epochs, programs = (1, 2, list(PROGRAMS)[:1]) if short else (10, 6, list(PROGRAMS))
     photos = write_photos(folder / "photos")
     results = {}
-    for program in PROGRAMS:
+    for program in programs:
         (folder / program).mkdir()
         results[program] = soak_killed(program, photos, folder / program, kills, epochs, seed)
     return results
 
 
 def full(folder: Path, short: bool, seed: int) -> dict[str, Any]:
-    return soak_full(folder, write_photos(folder / "photos"), write_model(folder / "model"), 1 if short else 2, seed)
+    photos, model = write_photos(folder / "photos"), write_model(folder / "model")
+    return soak_full(folder, photos, model, 1 if short else 2, seed, SHORT_COMMANDS if short else None)
 
 
 def crowded(folder: Path, short: bool, seed: int) -> dict[str, Any]:
     model = write_model(folder / "model")
     files = write_odd_files(folder / "files", 40 if short else 200, seed)
-    page = soak_page(model, files, CLIENTS, folder)
-    return {"page": page, "predict": soak_predict(model, files, CLIENTS, folder)}
+    clients = 2 if short else CLIENTS
+    page = soak_page(model, files, clients, folder)
+    return {"page": page, "predict": soak_predict(model, files, clients, folder)}
 
 
 def memory(folder: Path, short: bool, seed: int) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def stay_on_one_core():
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="Few kills, disks and files: minutes.")
+    parser.add_argument("--short", action="store_true", help="Few kills, commands, files and clients: minutes.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="Default: all.")
     parser.add_argument("--seed", type=int, default=0, help="Of the random moments, sizes and files.")
     parser.add_argument("--output", type=Path, default=Path("outputs/soak.json"))
