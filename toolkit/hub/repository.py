@@ -18,7 +18,7 @@ from ..shared.console import one_line
 from ..shared.files import check_output_dir, folder_written_whole
 from ..shared.images import BadImageError
 from ..shared.measuring import format_table
-from ..shared.saved_model import load_saved_classifier
+from ..shared.saved_model import load_saved_classifier, segments
 from .card import escape, write_model_card
 from .earlier_card import EarlierCard, read_earlier_card
 from .results import Results, read_results
@@ -64,6 +64,7 @@ def prepare_repository(
     check_license(license)
     check_output_dir(output_dir)
     check_folder(folder)
+    check_task(folder, repo_id)
     measured = read_results(results)
     earlier = read_earlier_card(folder)
     classifier, image_processor, _ = load_saved_classifier(str(folder))
@@ -123,6 +124,15 @@ def check_folder(folder: Path):
             raise ValueError(
                 f"{folder} has no {what}: save the model and its image processor there with `save_pretrained`."
             )
+
+
+def check_task(folder: Path, repo_id: str):
+    if segments(str(folder)):
+        raise ValueError(
+            f"{folder} is a model for segmentation (`architectures` in config.json), and only repositories of "
+            f"classifiers are prepared. The folder has its code already: upload it with `hf upload {repo_id} {folder} "
+            "--exclude 'checkpoint-*' training_args.bin`."
+        )
 
 
 def copy_pictures(pictures: Sequence[str], source: Path, target: Path):

@@ -1,5 +1,6 @@
 """The command `hpool-vit stats`: parameters, tokens and multiply-accumulates (MACs) of HPool-ViTs."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,18 +8,28 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
+from hpool_vit import (
+    HPoolViTBackbone,
+    HPoolViTConfig,
+    HPoolViTForImageClassification,
+    HPoolViTForSemanticSegmentation,
+)
 from hpool_vit.configuration_hpool_vit import PRESETS
 from hpool_vit.pooling_hpool_vit import importance_macs
 
 from ..shared.console import hub_id, one_line
 
 
+# What a saved configuration names in `architectures`; any other one is counted as a classifier.
+MODELS = {model.__name__: model for model in (HPoolViTForSemanticSegmentation, HPoolViTBackbone)}
+
+
 def model_stats(config: HPoolViTConfig) -> dict[str, Any]:
     """
-    Counts what a model costs for one image of `config.image_size`.
+    Counts what a model costs for one image of `config.image_size`: a classifier, or the model for segmentation or the
+    backbone that `config.architectures` names.
 
     Args:
         config (`HPoolViTConfig`): the configuration of the model.
@@ -30,17 +41,18 @@ def model_stats(config: HPoolViTConfig) -> dict[str, Any]:
     """
     # Only shapes matter, so nothing is allocated. Eager attention shows each of its products.
     with torch.device("meta"):
-        model = HPoolViTForImageClassification._from_config(config, attn_implementation="eager").eval()
+        model = model_class(config)._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
         image = torch.zeros(1, config.num_channels, *config.image_shape, dtype=model.dtype)
     # With gradients, because the counter fails at a parameter that is a module's input without them.
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         model(image)
     counts = {name.partition(".")[2]: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     total = counter.get_total_flops() // 2
-    parts = [
-        ({"name": name, **details}, extra + sum(counts.get(module, 0) for module in modules))
-        for name, details, modules, extra in _parts(config)
-    ]
+    parts = []
+    for name, details, modules, extra in _parts(config):
+        macs = sum(counts.get(module, 0) for module in modules)
+        # After its last map a backbone runs nothing.
+        parts.append(({"name": name, **details}, macs + extra if macs else 0))
     # The rest is the head, with the mean before it.
     parts.append(({"name": "head"}, total - sum(macs for _, macs in parts)))
     return {
@@ -48,6 +60,11 @@ def model_stats(config: HPoolViTConfig) -> dict[str, Any]:
         "macs": total,
         "parts": [{**part, "macs": macs, "share": macs / total} for part, macs in parts],
     }
+
+
+def model_class(config: HPoolViTConfig) -> type[PreTrainedModel]:
+    named = [MODELS[name] for name in config.architectures or [] if name in MODELS]
+    return named[0] if named else HPoolViTForImageClassification
 
 
 def _parts(config: HPoolViTConfig) -> list[tuple[str, dict[str, Any], list[str], int]]:

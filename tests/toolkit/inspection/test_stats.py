@@ -6,7 +6,12 @@ import pytest
 import torch
 from helpers import run_command, tiny_config
 
-from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
+from hpool_vit import (
+    HPoolViTBackbone,
+    HPoolViTConfig,
+    HPoolViTForImageClassification,
+    HPoolViTForSemanticSegmentation,
+)
 from hpool_vit.configuration_hpool_vit import PRESETS
 from hpool_vit.toolkit.command import main
 from hpool_vit.toolkit.inspection import stats as stats_module
@@ -32,6 +37,33 @@ def test_the_stats_count_what_the_built_model_has(pool_mode):
         parameter.numel() for parameter in HPoolViTForImageClassification(config).parameters()
     )
     assert next(part for part in stats["parts"] if part["name"] == "stage 1")["macs"] > 0
+
+
+def saved_config(model, folder) -> HPoolViTConfig:
+    model.save_pretrained(folder)
+    return load_config(str(folder))
+
+
+def test_of_a_segmentation_model_its_own_head_is_counted(tmp_path):
+    config = tiny_config(hvt_pool=None, image_size=(24, 32), out_indices=[2, 4])
+    saved = saved_config(HPoolViTForSemanticSegmentation(config), tmp_path)
+    before = saved.to_dict()
+    stats = model_stats(saved)
+    assert saved.to_dict() == before
+    # Per patch, 3 classes from two maps of width 32.
+    assert stats["parts"][-1]["macs"] == 6 * 8 * 2 * 32 * 3
+    assert stats["parameters"] == HPoolViTForSemanticSegmentation(config).num_parameters()
+
+
+def test_of_a_backbone_the_blocks_after_the_last_map_cost_nothing(tmp_path):
+    fields = {"pool_mode": "merge", "merge_rule": "importance", "use_class_token": True}
+    saved = saved_config(HPoolViTBackbone(tiny_config(**fields, out_indices=[3])), tmp_path)
+    stats = model_stats(saved)
+    assert [part["macs"] > 0 for part in stats["parts"]] == [True, True, True, False, False]
+    classifier = model_stats(tiny_config(**fields))
+    assert stats["parts"][:3] == [
+        {**part, "share": pytest.approx(part["macs"] / stats["macs"])} for part in classifier["parts"][:3]
+    ]
 
 
 def test_counting_leaves_the_configuration_as_it_was():
