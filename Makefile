@@ -13,7 +13,7 @@ help:
 	@echo "make docs               build the documentation into outputs/site"
 	@echo "make test               run the test suite"
 	@echo "make test-slow          run the tests that take minutes"
-	@echo "make test-demo          test the demo page in a real browser, and install one if needed"
+	@echo "make test-demo          test the pages in a real browser, and install one if needed"
 	@echo "make test-conformance   run the suites that Transformers runs on its own models"
 	@echo "make test-oldest        run the test suite with the oldest supported versions"
 	@echo "make test-latest        run the test suite with the newest versions of everything, without pins"
@@ -44,7 +44,8 @@ test-slow: $(VENV)/.installed
 
 test-demo: $(VENV)/.installed
 	.ci/install_browser.sh
-	$(BIN)/python -m pytest -m demo tests/toolkit/demo/browser
+	$(BIN)/python -m hpool_vit.toolkit.export.runtime
+	$(BIN)/python -m pytest -m demo tests/toolkit/demo/browser tests/toolkit/export/browser
 
 test-conformance: $(VENV)/.installed
 	$(BIN)/python tests/conformance/fetch_transformers_tests.py

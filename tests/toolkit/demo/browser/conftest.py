@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from chromium import TIMEOUT, open_browser
 from helpers import tiny_model
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
 from hpool_vit.toolkit.data.digits import load_digits_dataset
 
 
-# Much more than the page needs: the machine may be busy.
-TIMEOUT = 60_000
-CHROMIUM = "/usr/bin/chromium"
 CHOICES = [[1], [1, 3], [1, 2, 3]]
 NUM_STEPS = 300
 
@@ -113,12 +111,8 @@ def app(digits_folder, saved_folder, tmp_path_factory) -> App:
 
 @pytest.fixture(scope="session")
 def browser() -> Browser:
-    assert Path(CHROMIUM).exists(), f"{CHROMIUM} is missing: .ci/install_browser.sh installs it"
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
