@@ -4,6 +4,8 @@ The modes in which the benchmark runs a model, and the step that it times in eac
     eager, sdpa, flex, flash     attention: plain products, PyTorch's fused one (the default of every mode), Flex and
                                  Flash attention
     compile, compile-max-autotune, compile-reduce-overhead     torch.compile in that mode
+    compile-freezing             torch.compile with the weights as constants, which are packed once; only inference
+    aot                          compiled ahead of time by AOTInductor, and loaded from its package; only inference
     bf16                         bfloat16; in training by autocast, with weights in float32
     channels_last                images and weights in that memory format
     int8                         Linear layers in int8 by torchao, inputs quantised dynamically
@@ -14,7 +16,7 @@ Modes are joined by `+`: `bf16+compile`, `flash+bf16`, `bf16+roof`, `int8+compil
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,22 @@ from hpool_vit.toolkit.shared.measuring import Logits, count_call_macs
 
 
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flex": "flex_attention", "flash": "flash_attention_2"}
-COMPILE = {
-    "compile": "default",
-    "compile-max-autotune": "max-autotune",
-    "compile-reduce-overhead": "reduce-overhead",
+# Arguments of `torch.compile`.
+COMPILE: dict[str, dict[str, Any]] = {
+    "compile": {"mode": "default"},
+    "compile-max-autotune": {"mode": "max-autotune"},
+    "compile-reduce-overhead": {"mode": "reduce-overhead"},
+    "compile-freezing": {"options": {"freezing": True}},
 }
-ENGINES = ("int8", "onnx", "onnx-int8", "roof")
+# Other ways to run a model, and what they can be combined with.
+ENGINES: dict[str, Collection[str]] = {
+    "int8": COMPILE,
+    "aot": ("bf16",),
+    "onnx": (),
+    "onnx-int8": (),
+    "roof": ("bf16", "channels_last"),
+}
+INFERENCE_ONLY = ("int8", "aot", "onnx", "onnx-int8", "compile-freezing")
 PARTS = (*ATTENTION, *COMPILE, "bf16", "channels_last", *ENGINES)
 TASKS = ("inference", "train")
 
@@ -67,15 +79,15 @@ def parse_mode(name: str, dtype: torch.dtype = torch.float32) -> Mode:
         if len(given := [part for part in parts if part in kind]) > 1:
             raise ValueError(f"--modes {name}: {given[0]} and {given[1]} exclude each other.")
     engine = next((part for part in parts if part in ENGINES), None)
-    combinable = {None: PARTS, "int8": COMPILE, "roof": ("bf16", "channels_last")}.get(engine, ())
+    combinable = PARTS if engine is None else ENGINES[engine]
     if other := [part for part in parts if part != engine and part not in combinable]:
         raise ValueError(f"--modes {name}: {engine} cannot be combined with {other[0]}.")
     return Mode(
         name=name,
         attention=next((ATTENTION[part] for part in parts if part in ATTENTION), "sdpa"),
-        compile=next((COMPILE[part] for part in parts if part in COMPILE), None),
+        compile=next((part for part in parts if part in COMPILE), None),
         # ONNX Runtime and torchao start from float32.
-        dtype=torch.bfloat16 if "bf16" in parts else torch.float32 if engine not in (None, "roof") else dtype,
+        dtype=torch.bfloat16 if "bf16" in parts else torch.float32 if engine not in (None, "aot", "roof") else dtype,
         channels_last="channels_last" in parts,
         engine=engine,
     )
@@ -100,8 +112,9 @@ class Row:
     def check(self):
         """Raises `Unavailable` if the mode alone shows that the row cannot run."""
         engine = self.mode.engine
-        if self.trains and engine not in (None, "roof"):
-            raise Unavailable(f"{engine} is only for inference")
+        for part in (engine, self.mode.compile):
+            if self.trains and part in INFERENCE_ONLY:
+                raise Unavailable(f"{part} is only for inference")
         if self.trains and self.mode.dtype == torch.float16:
             raise Unavailable("training in float16 needs loss scaling, which changes the step; use bf16")
         if self.device != "cpu" and engine in ("onnx", "onnx-int8"):
@@ -138,6 +151,10 @@ def prepare(row: Row, scratch: Path) -> Step:
     if row.mode.engine == "roof":
         call = (training_step if row.trains else inference_step)(row, model, images)
         return Step(functools.partial(run_products, record_products(model, call)))
+    if row.mode.engine == "aot":
+        return Step(
+            inference_step(row, model, images, compiled_ahead(row, model, images, scratch)), weight_bytes(model)
+        )
     if row.mode.engine == "int8":
         quantize(model)
     function = compiled(model, row.mode.compile) if row.mode.compile else model
@@ -186,10 +203,10 @@ def training_step(
     return step
 
 
-def compiled(model: nn.Module, mode: str) -> Callable:
+def compiled(model: nn.Module, name: str) -> Callable:
     # Each model of a run is compiled separately, and all count towards the limit of the same lines of code.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-    function = torch.compile(model, mode=mode, dynamic=False)
+    function = torch.compile(model, dynamic=False, **COMPILE[name])
 
     def call(images: torch.Tensor) -> torch.Tensor:
         # CUDA graphs: the outputs of the last step are no longer needed.
@@ -197,6 +214,17 @@ def compiled(model: nn.Module, mode: str) -> Callable:
         return function(images)
 
     return call
+
+
+def compiled_ahead(row: Row, model: nn.Module, images: torch.Tensor, scratch: Path) -> Callable:
+    """The model as AOTInductor compiles it for this batch size, loaded from its package."""
+    package = scratch / f"{row.model.replace('/', '_')}-{row.image_size}-{row.batch_size}-{row.mode.name}.pt2"
+    if not package.exists():
+        model.requires_grad_(False).to(row.mode.dtype)
+        with torch.no_grad():
+            program = torch.export.export(model, (images.to(row.mode.dtype),), strict=False)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    return torch._inductor.aoti_load_package(str(package))
 
 
 def quantize(model: nn.Module):
@@ -252,6 +280,7 @@ def count_macs_per_image(model: str, image_size: int, task: str) -> int:
 def import_libraries(mode: Mode):
     """Loads what the mode needs, so that memory measured after this is the model's."""
     if mode.compile:
-        torch.compile(nn.Linear(1, 1), mode=mode.compile)(torch.ones(1, 1))
+        with torch.no_grad():
+            torch.compile(nn.Linear(1, 1), **COMPILE[mode.compile])(torch.ones(1, 1))
     if mode.engine in ("onnx", "onnx-int8"):
         import onnxruntime  # noqa: F401

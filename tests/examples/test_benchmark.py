@@ -120,6 +120,15 @@ def test_every_mode_times_the_same_function(folders, scratch, mode, tolerance):
     torch.testing.assert_close(logits.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["aot", "compile-freezing"])
+def test_every_compiler_keeps_the_function(folders, scratch, mode):
+    expected = prepare(row(folders["pooled"]), scratch).call()
+    call = prepare(row(folders["pooled"], mode), scratch).call
+    for _ in range(2):
+        torch.testing.assert_close(call(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["sdpa", "bf16"])
 def test_a_training_step_updates_every_weight_and_keeps_no_gradient(mode):
     model = tiny_model().train()
@@ -346,7 +355,7 @@ def test_without_torchao_int8_says_what_to_install(folders, tmp_path, monkeypatc
 
 
 def test_what_is_for_inference_or_for_the_cpu_is_not_measured_elsewhere():
-    for mode in ("int8", "onnx", "onnx-int8", "int8+compile"):
+    for mode in ("int8", "aot", "onnx", "onnx-int8", "int8+compile", "compile-freezing"):
         with pytest.raises(Unavailable, match="is only for inference"):
             row("vit-ti", mode, "train").check()
     with pytest.raises(Unavailable, match="only on the CPU"):
