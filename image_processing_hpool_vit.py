@@ -171,20 +171,37 @@ class HPoolViTImageProcessing(BaseImageProcessor):
     ) -> Any:
         if do_convert_rgb:
             image = to_rgb(image, input_data_format, scale_floats=bool(do_rescale))
-            input_data_format = ChannelDimension.FIRST
-        prepared: Any = super().process_image(
-            image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs
-        )
+            prepared: Any = self.from_rgb(image, **kwargs)
+        else:
+            prepared = super().process_image(
+                image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs
+            )
         check_aspect_ratio(*prepared.shape[-2:])
         return prepared
+
+    def from_rgb(self, image: torch.Tensor, **kwargs: Any) -> Any:
+        """An RGB image of shape (3, height, width) as this backend works on it."""
+        raise NotImplementedError
 
 
 class HPoolViTImageProcessor(HPoolViTImageProcessing, TorchvisionBackend):  # type: ignore[misc]  # `device` in kwargs
     """The image processor on torchvision, which prepares a batch together and on any device."""
 
+    def from_rgb(self, image: torch.Tensor, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return image if device is None else image.to(device)
+
+    def resize(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Decoded images have the channels of a pixel side by side, which makes resizing twice as fast, and the steps
+        # after it slower.
+        resized: torch.Tensor = super().resize(image, *args, **kwargs)
+        return resized.contiguous()
+
 
 class HPoolViTImageProcessorPil(HPoolViTImageProcessing, PilBackend):
     """The image processor on Pillow, for machines without torchvision."""
+
+    def from_rgb(self, image: torch.Tensor, **kwargs: Any) -> Any:
+        return image.numpy()
 
 
 def add_channel_axis(image: Any) -> Any:

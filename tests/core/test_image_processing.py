@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import tiny_config
 from PIL import Image
+from transformers.image_processing_backends import TorchvisionBackend
 
 from hpool_vit import HPoolViTConfig, HPoolViTImageProcessor, HPoolViTImageProcessorPil, image_processing_hpool_vit
 
@@ -85,6 +86,32 @@ def test_the_pixels_are_those_of_resize_crop_and_normalise(cls, photo):
     expected = (np.asarray(expected) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     pixels = cls()(photo, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
     assert np.abs(pixels - expected).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_resize": False},
+        {"size": {"height": 64, "width": 48}, "do_center_crop": False},
+        {"resample": Image.Resampling.BILINEAR, "do_rescale": False, "do_normalize": False},
+    ],
+    ids=["default", "crop", "stretch", "resize"],
+)
+def test_channels_side_by_side_give_the_pixels_of_transformers_backend_to_the_bit(settings, photo):
+    """The order of the channels in memory makes resizing faster; Transformers' backend puts one after the other."""
+    names = ("resample", "image_mean", "image_std", "size", "default_to_square", "crop_size", "do_resize")
+    names += ("do_center_crop", "do_rescale", "do_normalize")
+    plain = type("Plain", (TorchvisionBackend,), {name: getattr(HPoolViTImageProcessor, name) for name in names})
+    images = [photo, photo.rotate(90, expand=True), photo.convert("L").convert("RGB").resize((231, 257))]
+    expected = [plain(**settings)(image, return_tensors="pt").pixel_values[0] for image in images]
+    processor = HPoolViTImageProcessor(**settings)
+    for disable_grouping in (True, False):
+        prepared = processor(images, disable_grouping=disable_grouping).pixel_values
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(prepared, expected, strict=True))
+    assert processor(photo, return_tensors="pt").pixel_values.is_contiguous()
+    from_tensor = processor(torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous()).pixel_values[0]
+    assert torch.equal(from_tensor, expected[0])
 
 
 @pytest.mark.parametrize("cls", BACKENDS)
