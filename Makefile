@@ -61,8 +61,9 @@ benchmark: $(VENV)/.installed
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
 	touch $@
 
+# Old versions of the libraries warn of each other, which no code of ours can change: warnings are no errors here.
 test-oldest: .venv-oldest/.installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile --override-ini filterwarnings=
 
 # Made anew in each run, to get what is newest then.
 test-latest:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
+from hpool_vit.toolkit import command
 
 
 TESTS = Path(__file__).parent
@@ -62,3 +63,20 @@ def run_python(*args, hide: tuple[str, ...] = (), check: bool = True, **kwargs) 
 def run_command(*args, **kwargs) -> subprocess.CompletedProcess:
     """Runs `hpool-vit` with `args` in a fresh process; keywords as for `run_python`."""
     return run_python("-m", "hpool_vit.toolkit.command", *args, **kwargs)
+
+
+def call_command(capsys, *args) -> subprocess.CompletedProcess:
+    """
+    Runs `hpool-vit` with `args` in this process: in a fresh one, most of the time goes into imports.
+
+    Returns:
+        What `run_command(…, check=False)` returns.
+    """
+    capsys.readouterr()  # what was printed before
+    words, status = list(map(str, args)), 0
+    try:
+        command.main(words)
+    except SystemExit as ended:
+        status = ended.code or 0
+    printed = capsys.readouterr()
+    return subprocess.CompletedProcess(words, status, printed.out, printed.err)

@@ -20,6 +20,7 @@ from hpool_vit import (
 
 MERGE = {"pool_mode": "merge", "merge_ratio": 0.4, "proportional_attention": True}
 GRID = {"pool_kernel_size": (2, 2), "pool_stride": (2, 2)}
+POOLINGS = {"merge": MERGE, "grid": GRID, "none": {"hvt_pool": None}}
 LABELS = {"id2label": {0: "road", 1: "sky", 2: "tree"}, "label2id": {"road": 0, "sky": 1, "tree": 2}}
 
 
@@ -28,7 +29,7 @@ def segmenter(**fields) -> HPoolViTForSemanticSegmentation:
     return HPoolViTForSemanticSegmentation(tiny_config(**{"initializer_range": 0.2, **LABELS, **fields})).eval()
 
 
-@pytest.mark.parametrize("pooling", [MERGE, GRID, {"hvt_pool": None}], ids=["merge", "grid", "none"])
+@pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
 class TestEveryPooling:
     def test_scores_are_a_linear_function_of_the_maps_side_by_side(self, pooling, pixel_values):
         model = segmenter(**pooling)
@@ -46,20 +47,29 @@ class TestEveryPooling:
         model(pixel_values, labels=torch.randint(0, 3, (2, 32, 32))).loss.backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
-    def test_a_saved_folder_loads_with_and_without_the_package(self, pooling, pixel_values, tmp_path):
+    def test_a_saved_folder_loads_again(self, pooling, pixel_values, tmp_path):
         model = segmenter(**pooling)
         model.save_pretrained(tmp_path)
         loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
         assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
-        program = tmp_path / "program.py"
-        program.write_text(
-            "import sys, torch\n"
-            "from transformers import AutoModelForSemanticSegmentation\n"
-            "model = AutoModelForSemanticSegmentation.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
-            "print(model(torch.ones(1, 3, 32, 32)).logits.sum().item())\n"
-        )
-        printed = run_python(program, tmp_path, hide=("hpool_vit",)).stdout
-        assert float(printed) == pytest.approx(model(torch.ones(1, 3, 32, 32)).logits.sum().item(), rel=1e-4)
+
+
+def test_saved_folders_load_without_the_package(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, torch\n"
+        "from transformers import AutoModelForSemanticSegmentation\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True).eval()\n"
+        "    print(model(torch.ones(1, 3, 32, 32)).logits.sum().item())\n"
+    )
+    expected = []
+    for name, pooling in POOLINGS.items():
+        model = segmenter(**pooling)
+        model.save_pretrained(tmp_path / name)
+        expected.append(model(torch.ones(1, 3, 32, 32)).logits.sum().item())
+    printed = run_python(program, *(tmp_path / name for name in POOLINGS), hide=("hpool_vit",)).stdout
+    assert [float(line) for line in printed.split()] == pytest.approx(expected, rel=1e-4)
 
 
 class TestLoss:

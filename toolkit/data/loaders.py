@@ -24,6 +24,7 @@ from .sources import DataArguments, ImageData, ImageSource
 
 
 with needs("train"):
+    from datasets import IterableDataset as HubStream
     from datasets.distributed import split_dataset_by_node
 
 # The label that Transformers and PyTorch leave out of loss and metrics.
@@ -355,7 +356,7 @@ class TrainStream(IterableDataset):
         start = part * -(-share // self.repeats)
         for lap in count():
             seed = random_seed(self.reader.seed, first_epoch, lap)
-            stream = self.reader.source.dataset.shuffle(seed, buffer_size=self.reader.args.shuffle_buffer_size)
+            stream = shuffled(self.reader.source.dataset, seed, self.reader.args.shuffle_buffer_size)
             examples = read_share(replace(self.reader.source, dataset=stream), self.rank, self.world_size)
             yield islice(examples, start, None)
             start = 0
@@ -378,6 +379,15 @@ class ValidationStream(IterableDataset):
         for example in read_share(source, self.rank, self.world_size):
             label = source.label(example[source.label_column], source.name(example))
             yield self.reader.validation_sample(example, label)
+
+
+def shuffled(stream: HubStream, seed: int, buffer_size: int) -> HubStream:
+    """The stream with its shards in another order, and its examples through a buffer."""
+    mixed = stream.shuffle(seed, buffer_size=buffer_size)
+    if mixed.num_shards == stream.num_shards:
+        return mixed
+    # `datasets` 5.0 makes one shard of all of them, which leaves nothing to share out among the workers.
+    return stream.shuffle(seed, buffer_size=buffer_size, max_buffer_input_shards=1)
 
 
 def read_share(source: ImageSource, rank: int, world_size: int) -> Iterator[dict]:

@@ -1,19 +1,21 @@
 """The digits of scikit-learn as a dataset and as files."""
 
+import sys
+
 import pytest
-from datasets import load_dataset
-from helpers import run_python
+from PIL import Image
 
-from hpool_vit.toolkit.data.digits import load_digits_dataset, write_digits
+from hpool_vit.toolkit.data.digits import load_digits_dataset, main, write_digits
 
 
-def test_the_files_hold_the_same_digits_as_the_dataset(tmp_path):
-    run_python("-m", "hpool_vit.toolkit.data.digits", "--output_dir", tmp_path / "digits")
+def test_the_files_hold_the_same_digits_as_the_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["digits", "--output_dir", str(tmp_path / "digits")])
+    main()
     data = load_digits_dataset()
     for split, number in (("train", 1437), ("test", 360)):
-        files = load_dataset("imagefolder", data_dir=tmp_path / "digits" / split, split="train")
+        files = list((tmp_path / "digits" / split).glob("*/*.png"))
         assert len(files) == len(data[split]) == number
-        written = {(example["label"], example["image"].tobytes()) for example in files}
+        written = {(int(file.parent.name), Image.open(file).tobytes()) for file in files}
         assert written == {(example["label"], example["image"].tobytes()) for example in data[split]}
 
 

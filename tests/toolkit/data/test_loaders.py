@@ -11,7 +11,7 @@ from accelerate import skip_first_batches
 from image_files import BAD_FILES, CONVERTED_FILES, write_folder, write_parquet, write_tar
 from torchvision.transforms import v2
 
-from hpool_vit.toolkit.data.loaders import make_train_loader, make_validation_loader, set_epoch
+from hpool_vit.toolkit.data.loaders import make_train_loader, make_validation_loader, set_epoch, shuffled
 from hpool_vit.toolkit.data.sources import DataArguments, load_image_data
 from hpool_vit.toolkit.shared.images import BadImageError, BadImages, DataError, TooManyBadImagesError
 
@@ -324,3 +324,21 @@ def test_a_stream_of_parquet_files_is_shared_out_by_row_groups(tmp_path, monkeyp
         loader = train_loader(loaded, batch_size=3, rank=rank, world_size=2, num_workers=2)
         names += names_of(epoch_of(loader))
     assert len(names) == len(set(names)) == 24
+
+
+class StreamOfAnEarlierVersion:
+    """What `datasets` 5.0 does: one shard remains of several that are mixed."""
+
+    def __init__(self, num_shards: int):
+        self.num_shards = num_shards
+
+    def shuffle(self, seed, buffer_size, max_buffer_input_shards=10):
+        return StreamOfAnEarlierVersion(self.num_shards if max_buffer_input_shards == 1 else 1)
+
+
+def test_a_shuffled_stream_keeps_its_shards_for_the_workers(tmp_path):
+    write_tar(tmp_path / "0.tar", [0, 1])
+    write_tar(tmp_path / "1.tar", [0, 1])
+    (data, _) = load_stream(tmp_path / "*.tar", num_train_images=4)
+    for stream in (data.train.dataset, StreamOfAnEarlierVersion(2)):
+        assert shuffled(stream, seed=0, buffer_size=10).num_shards == stream.num_shards == 2

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from helpers import run_command, tiny_config
+from helpers import call_command, tiny_config
 from image_files import picture
 from PIL import Image
 
@@ -36,10 +36,10 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_masks_have_the_size_of_the_images_and_the_report_has_their_shares(folder, photos, tmp_path):
+def test_masks_have_the_size_of_the_images_and_the_report_has_their_shares(folder, photos, tmp_path, capsys):
     masks, output, sheet = tmp_path / "masks", tmp_path / "answers.csv", tmp_path / "sheet.html"
     flags = ["--masks", masks, "--output", output, "--contact_sheet", sheet, "--device", "cpu", "--disable_tqdm"]
-    result = run_command("predict", folder, photos, *flags, check=False)
+    result = call_command(capsys, "predict", folder, photos, *flags)
     assert result.returncode == 1 and "2 of 3 files classified" in result.stderr
     rows = {row["file"]: row for row in csv.DictReader(output.open())}
     names = ["dark", "grey", "bright"]
