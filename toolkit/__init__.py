@@ -40,6 +40,7 @@ _MODULES = {
     "prepare_repository": "hub.repository",
     "read_source": "conversion.sources",
     "recipe_arguments": "training.recipes",
+    "recover": "recovery.recover",
     "serve": "demo.app",
     "speed_up": "speed.speed_up",
     "trace_images": "inspection.visualize",

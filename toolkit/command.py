@@ -21,6 +21,7 @@ from .shared.console import NotStartedError, StoppedError, command_line_names, n
 COMMANDS = {
     "convert": ("conversion.convert", "Turn a trained ViT, or a checkpoint of the paper's code, into an HPool-ViT."),
     "speed-up": ("speed.speed_up", "Make a trained model faster, as your own images show it loses least."),
+    "recover": ("recovery.recover", "Teach a pooled model the answers that it gave without pooling, without labels."),
     "train": ("training.train", "Train or fine-tune on your images, in any number of processes."),
     "predict": ("inference.predict", "Classify image files, folders of them, and web addresses."),
     "visualize": ("inspection.visualize", "Draw which patches each token stands for after each stage."),

@@ -85,8 +85,8 @@ def test_the_image_processors_differ_as_the_table_says():
 
 def test_the_table_of_programs_names_commands_and_flags_that_exist():
     commands = re.findall(r"`hpool-vit (\w+)(.*?)`", PROGRAMS)
-    # `speed-up` replaces no program of version 0.1.
-    assert {name for name, _ in commands} == set(COMMANDS) - {"speed-up"}
+    # These replace no program of version 0.1.
+    assert {name for name, _ in commands} == set(COMMANDS) - {"speed-up", "recover"}
     for name, words in commands:
         flags = {flag for parameter in load_command(name).params for flag in parameter.opts}
         assert set(re.findall(r"--\w+", words)) <= flags, name

@@ -130,6 +130,13 @@ class Evaluator:
             raise ValueError("The model's answers without pooling are not finite: check its weights.")
         return outputs
 
+    def compare_with(self, original: "Evaluator") -> None:
+        """From now on, the differences are those from the answers of another model, in the same batches."""
+        original.reference(0, len(self.pixel_values))
+        # Nothing is known of this model's blocks, because it did not answer.
+        self.references, self.num_known = original.references, 0
+        self.known = {bounds: [] for bounds in self.references}
+
     @torch.inference_mode()
     def reference_of(self, start: int, end: int) -> torch.Tensor:
         if (start, end) not in self.references:

@@ -25,6 +25,8 @@ from ..shared.saved_model import SavedModelError, check_weights, load_saved_mode
 
 # Half of them for the search and half for the report.
 FEWEST_IMAGES, ENOUGH_IMAGES = 16, 256
+# What a recovery learns from; 4096 images of 224 × 224 pixels take 1.2 GB.
+FEWEST_TO_LEARN_FROM, MOST_TO_LEARN_FROM = 16, 4096
 # How tokens merge in a model that did not say so before.
 MERGING = {"pool_mode": "merge"} | {
     name: value for name, value in POOLING_DEFAULTS["merge"].items() if name not in ("hvt_pool", "merge_ratio")
@@ -111,6 +113,7 @@ class Photos:
         num_found: how many image files the folder has.
         bad_images: those that could not be read.
         notes: what else was left out.
+        rest: the image files that were not read, in random order.
     """
 
     folder: str
@@ -119,6 +122,7 @@ class Photos:
     num_found: int
     bad_images: BadImages
     notes: list[str] = field(default_factory=list)
+    rest: list[str] = field(default_factory=list)
 
     @property
     def num_searched(self) -> int:
@@ -147,7 +151,24 @@ def load_photos(folder: str | Path, image_processor: Any, num_images: int, seed:
     # Sorted by their names, so that a folder gives the same images wherever it lies.
     order = sorted(listing.files)
     random.Random(seed).shuffle(order)
-    files, pixel_values, bad_images = [], [], BadImages()
+    bad_images = BadImages()
+    files, pixel_values = read_photos(order, image_processor, num_images, bad_images)
+    if len(files) < FEWEST_IMAGES:
+        raise ValueError(too_few(folder, files, bad_images))
+    rest = order[len(files) + len(bad_images.of_kind("skipped")) :]
+    notes = notes_on(folder, files, listing.notes())
+    return Photos(str(folder), files, torch.cat(pixel_values), len(order), bad_images, notes, rest)
+
+
+def read_photos(
+    order: list[str],
+    image_processor: Any,
+    num_images: int,
+    bad_images: BadImages,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[str], list[torch.Tensor]]:
+    """The first `num_images` files that can be read, and each image prepared: (1, channels, height, width)."""
+    files, pixel_values = [], []
     for file in order:
         if len(files) == num_images:
             break
@@ -157,12 +178,27 @@ def load_photos(folder: str | Path, image_processor: Any, num_images: int, seed:
             bad_images.add([{"name": escaped(file), "kind": "skipped", "reason": str(error)}])
             continue
         files.append(file)
-        pixel_values.append(image_processor(image, return_tensors="pt").pixel_values)
-    if len(files) < FEWEST_IMAGES:
-        raise ValueError(too_few(folder, files, bad_images))
-    return Photos(
-        str(folder), files, torch.cat(pixel_values), len(order), bad_images, notes_on(folder, files, listing.notes())
-    )
+        pixel_values.append(image_processor(image, return_tensors="pt").pixel_values.to(dtype))
+    return files, pixel_values
+
+
+def read_pool(photos: Photos, image_processor: Any) -> torch.Tensor:
+    """
+    The images that a model may learn from: those for the search, and then those that were not read yet. None of them
+    is held back for the report. In 16 bits.
+
+    Raises:
+        ValueError: if there are too few.
+    """
+    num_more = MOST_TO_LEARN_FROM - photos.num_searched
+    _, more = read_photos(photos.rest, image_processor, num_more, photos.bad_images, torch.float16)
+    pool = torch.cat([photos.pixel_values[: photos.num_searched].to(torch.float16), *more])
+    if len(pool) < FEWEST_TO_LEARN_FROM:
+        raise ValueError(
+            f"`images={photos.folder}` leaves {counted(len(pool), 'image')} to learn from: `recover` needs "
+            f"{FEWEST_TO_LEARN_FROM} besides as many for the report, and hundreds are better. They need no labels."
+        )
+    return pool
 
 
 def too_few(folder: str | Path, files: list[str], bad_images: BadImages) -> str:

@@ -70,6 +70,24 @@ def measure(
     return {"unpooled": rows[0], "speeds": dict(zip(map(speed_name, chosen), rows[1:], strict=True))}
 
 
+def measure_recovered(
+    record: dict[str, Any], model: nn.Module, original: nn.Module, photos: Photos, batch_size: int
+) -> None:
+    """
+    Replaces in a record what was measured before a recovery. Losses then are the differences of the recovered weights,
+    also without pooling, from the original without pooling.
+    """
+    held_back = photos.pixel_values[photos.num_searched :]
+    labels = read_labels(photos.files[photos.num_searched :], photos.folder, model.config.id2label)
+    evaluator = Evaluator(model, held_back, batch_size, max_cache_bytes=0)
+    evaluator.compare_with(Evaluator(original, held_back, batch_size, max_cache_bytes=0))
+    for row in (record["unpooled"], *record["speeds"].values()):
+        fields = {name: row[name] for name in ("hvt_pool", "merge_ratio") if name in row}
+        numbers = differences_as_numbers(evaluator.evaluate(fields), labels)
+        row["before_recovery"] = {name: row[name] for name in numbers}
+        row |= numbers
+
+
 def differences_as_numbers(differences: Differences, labels: torch.Tensor | None) -> dict[str, Any]:
     numbers: dict[str, Any] = {"loss": rounded(differences.loss), "loss_interval": interval(differences.losses)}
     if differences.agreement is not None:
@@ -129,6 +147,8 @@ def table(record: dict[str, Any]) -> str:
     has_head, has_labels = record["loss"] == "kl", "accuracy" in record["unpooled"]
     header = ["speed", "blocks", "tokens", "MACs", "fewer MACs", "images/s", "as fast", loss_name(record)]
     header += ["same answer"] * has_head + ["accuracy"] * has_labels
+    is_recovered = "before_recovery" in record["unpooled"]
+    header += [f"{loss_name(record)} before", *["accuracy before"] * has_labels] * is_recovered
     lines = []
     for name, row in rows.items():
         low, high = row["loss_interval"]
@@ -141,9 +161,12 @@ def table(record: dict[str, Any]) -> str:
                 f"{row['times_fewer_macs']:.2f} ×",
                 f"{row['images_per_second']:,.1f}",
                 f"{row['times_as_fast']:.2f} ×",
-                f"{row['loss']:.4f} ({low:.4f}–{high:.4f})" if row["hvt_pool"] else "0",
+                f"{row['loss']:.4f} ({low:.4f}–{high:.4f})" if row["hvt_pool"] or is_recovered else "0",
                 *([f"{row['agreement']:.1%}"] if has_head else []),
                 *([f"{row['accuracy']:.1%}"] if has_labels else []),
+                *([f"{row['before_recovery']['loss']:.4f}"] if is_recovered and row["hvt_pool"] else []),
+                *(["0"] if is_recovered and not row["hvt_pool"] else []),
+                *([f"{row['before_recovery']['accuracy']:.1%}"] if is_recovered and has_labels else []),
             ]
         )
     return format_table(header, lines)
@@ -164,6 +187,18 @@ def explain(record: dict[str, Any]) -> str:
         f"with {counted(record['machine']['torch_threads'], 'thread')} of "
         f"{record['machine']['cpu'] or 'an unknown CPU'}"
         + (f" and {record['machine']['gpu']}." if record["machine"]["gpu"] else ".")
+        + (f" {explain_recovery(record['recovery'])}" if "recovery" in record else "")
+    )
+
+
+def explain_recovery(recovery: dict[str, Any]) -> str:
+    spent = f"{recovery['seconds'] / 60:.1f} minutes and {recovery['epochs']:.1f} epochs"
+    if not recovery["is_kept"]:
+        return f"A recovery of {spent} brought nothing on images held back, and the weights are the original's."
+    return (
+        f"The weights then learned the original's answers to {recovery['images']} images without labels in {spent}, "
+        f"until {recovery['ended']}. All speeds share them, also 1, and are compared with the original. "
+        '"Before" means with the weights of the original.'
     )
 
 

@@ -131,13 +131,13 @@ class Search:
         order = random.Random(self.seed)
         started = [dict(schedule) for schedule in starts]
         candidates = self.fitted(fitter, limit, [*started, *seeds(self.num_blocks, self.max_stages)])
-        # In case the budget is used up before anything was tried on all images.
-        best = candidates[0]
+        best = None
         try:
             best = self.choose_start(candidates)
             for share in SHARES:
                 best = self.descend(fitter, limit, best, share, order)
         except BudgetSpent:
+            best = best or self.most_tried(candidates)
             # It may not have met all images yet.
             self.budget.share, share_before = math.inf, self.budget.share
             self.try_out(best, len(self.ends) - 1)
@@ -169,6 +169,15 @@ class Search:
             ranked = self.ranked(candidates, level)
             candidates = [tried.schedule for tried in ranked[: max(len(ranked) // 3, 4)]]
         return ranked[0].schedule
+
+    def most_tried(self, candidates: list[Schedule]) -> Schedule:
+        """The candidate that met the most images. Of several, the best; without any, the first."""
+
+        def rank(schedule: Schedule) -> tuple[int, float]:
+            levels = [level for level in range(len(self.ends)) if (schedule, level) in self.used]
+            return (-len(levels), self.try_out(schedule, levels[-1]).loss) if levels else (0, 0.0)
+
+        return min(candidates, key=rank)
 
     def choose(self, candidates: list[Schedule], best: Schedule) -> Schedule | None:
         """The best of the candidates if it is surely better than `best`."""

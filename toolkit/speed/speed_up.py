@@ -1,5 +1,7 @@
 """Make a trained model faster: a function for programs, and the command `hpool-vit speed-up`."""
 
+import copy
+import importlib
 import math
 import sys
 import time
@@ -14,14 +16,24 @@ from tqdm import tqdm
 
 from ..command import PlainUsageCommand
 from ..inspection.stats import format_macs
+from ..recovery.effort import Effort, read_effort
 from ..shared.console import needs, schedule_name
 from ..shared.figures import save_figure
 from ..shared.files import check_output_dir, folder_written_whole, read_json, write_json
 from ..shared.options import OutputDir
-from .costs import MacsCost, TimeCost, seconds_per_image
+from .costs import MacsCost, TimeCost, seconds_per_image, set_schedule
 from .evaluation import Evaluator, rounded
-from .inputs import ENOUGH_IMAGES, Photos, load_model, load_photos
-from .report import PICTURE, RECORD, describe_machine, describe_search, speed_name, summary, write_card
+from .inputs import ENOUGH_IMAGES, Photos, load_model, load_photos, read_pool
+from .report import (
+    PICTURE,
+    RECORD,
+    describe_machine,
+    describe_search,
+    measure_recovered,
+    speed_name,
+    summary,
+    write_card,
+)
 from .report import measure as measure_speeds
 from .schedules import Fitter, Schedule, schedule_fields
 from .search import Budget, Search
@@ -49,6 +61,7 @@ def speed_up(
     measure: Literal["macs", "time"] = "macs",
     minutes: float | None = None,
     trials: int | None = None,
+    recover: str | float | None = None,
     num_images: int = ENOUGH_IMAGES,
     batch_size: int = 16,
     device: str | None = None,
@@ -57,10 +70,11 @@ def speed_up(
 ) -> dict[str, Any]:
     """
     Searches where a model can merge its tokens to become faster at the least change of its answers, and writes a
-    folder that offers the speeds: `model.set_speed(2)`, or `from_pretrained(output_dir, speed=2)`. Nothing is trained,
-    and the images need no labels. Half of them are for the search, and the other half for the report.
+    folder that offers the speeds: `model.set_speed(2)`, or `from_pretrained(output_dir, speed=2)`. The images need no
+    labels. Half of them are for the search, and the other half for the report. Nothing is trained, unless you ask to
+    `recover`: then the faster model learns the original's answers.
 
-    If the search is killed, call it again with the same arguments: it goes on where it stopped.
+    If it is killed, call it again with the same arguments: it goes on where it stopped.
 
     Args:
         model (`str` or `Path`): anything that [`convert`] reads, or the folder or Hub id of an HPool-ViT that merges
@@ -73,7 +87,10 @@ def speed_up(
         minutes (`float`, *optional*): how long to search. Default: 10, unless `trials` is given.
         trials (`int`, *optional*): how many schedules to try at most. Then the same images and settings give the same
             result on every run, if `measure="macs"`.
-        num_images (`int`): how many images of the folder to use, random ones.
+        recover (`str` or `float`, *optional*): how long to learn from the original, for all speeds together: a time
+            such as `"20m"`, or a number of epochs. The images for the search teach, and those of the folder that
+            neither the search nor the report uses. One set of weights then serves all speeds, also 1.
+        num_images (`int`): how many images of the folder to use, random ones, for search and report.
         batch_size (`int`): images per forward pass.
         device (`str`, *optional*): `cpu`, `cuda`, `mps`, …. Default: an accelerator if there is one.
         seed (`int`): decides which images are used, and the order of what is tried.
@@ -90,11 +107,13 @@ def speed_up(
     start = time.monotonic()
     output_dir = Path(output_dir)
     speeds = check_arguments(faster, measure, minutes, trials, batch_size)
+    effort = None if recover is None else plan_recovery(recover)
     check_output_dir(output_dir)
     network, image_processor, notes = load_model(str(model))
     dtype = network.dtype
     network.to(choose_device(device), torch.float32)
     photos = load_photos(images, image_processor, num_images, seed)
+    pool = None if effort is None else read_pool(photos, image_processor)
     macs = MacsCost(network.config)
     check_reachable(speeds, "macs", macs, network) if measure == "macs" else None
     settings = {"model": fingerprint(network), "config": network.config.to_json_string(), "images": photos.files}
@@ -132,10 +151,41 @@ def speed_up(
         row["searched"] |= {} if found.agreement is None else {"agreement": rounded(found.agreement)}
         if measure == "time" and row["times_as_fast"] < TIME_TOLERANCE * speed:
             record["notes"].append(f"Speed {speed_name(speed)} came out as {row['times_as_fast']:.2f} times as fast.")
-    offer(network, {speed: schedule_fields(schedule, macs.num_patches) for speed, schedule in chosen.items()})
+    offered = {speed: schedule_fields(schedule, macs.num_patches) for speed, schedule in chosen.items()}
+    if effort is not None:
+        original = copy.deepcopy(network)
+        record["recovery"] = recovered(network, original, pool, offered, effort, log, settings, show_progress)
+        if record["recovery"]["is_kept"]:
+            measure_recovered(record, network, original, photos, batch_size)
+    offer(network, offered)
     write(output_dir, network.to(dtype), image_processor, record, photos)
     log.remove()
     return record
+
+
+def plan_recovery(recover: str | float) -> Effort:
+    """The effort. Learning needs packages that a search does not; this says so before the search."""
+    importlib.import_module("..recovery.learning", __package__)
+    return read_effort(recover)
+
+
+def recovered(
+    model: nn.Module,
+    original: nn.Module,
+    pool: torch.Tensor,
+    speeds: dict[float, dict[str, Any]],
+    effort: Effort,
+    log: TrialLog,
+    settings: dict[str, Any],
+    show_progress: bool,
+) -> dict[str, Any]:
+    """Teaches the model, at the fields of each speed, what the original says to the images of `pool`."""
+    from ..recovery.learning import teach
+
+    set_schedule(original, {"hvt_pool": None})
+    with tqdm(total=100, desc="recovering", unit="%", disable=not show_progress, bar_format=BAR) as bar:
+        file = log.path.with_name("recovery.pt")
+        return teach(model, original, pool, list(speeds.values()), effort, file, settings, Progress(bar))
 
 
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left{postfix}"
@@ -323,6 +373,13 @@ def command(
     trials: Annotated[
         int | None, typer.Option(help="How many schedules to try at most; the result is then the same on every run.")
     ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME|EPOCHS",
+            help="Learn the original's answers so long, for all speeds together: 90s, 20m, 1h, or 10 for 10 epochs.",
+        ),
+    ] = None,
     num_images: Annotated[
         int, typer.Option(help="How many images to use, random ones: half to search with, half to report on.")
     ] = ENOUGH_IMAGES,
@@ -337,7 +394,8 @@ def command(
     Make a trained model faster, and choose where to merge its tokens on your own images.
 
     The search looks for the blocks and numbers of tokens that change the model's answers least at each speed that you
-    ask for. Nothing is trained. Half of the images are for the search, the others for the report.
+    ask for. Half of the images are for the search, the others for the report. Nothing is trained, unless you pass
+    --recover: then one set of weights learns to answer as the original does, at all speeds.
 
     The output folder offers all speeds: `hpool-vit predict OUTPUT_DIR photo.jpg --speed 2`. It holds the report as
     README.md, speed_up.json and speed_up.png. If the search is killed, run the same command again: it goes on.
@@ -350,6 +408,7 @@ def command(
         measure=measure,
         minutes=minutes,
         trials=trials,
+        recover=recover,
         num_images=num_images,
         batch_size=batch_size,
         device=device,

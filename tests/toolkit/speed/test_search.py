@@ -61,6 +61,21 @@ def test_what_is_computed_once_gives_the_answers_of_the_whole_model(images, max_
     assert all(type(layer) is own.base_model.layer_class for layer in model.base_model.layers)
 
 
+def test_a_budget_that_ends_among_the_seeds_leaves_the_best_of_those_that_met_the_most_images(images, tmp_path):
+    whole = searching(images, tmp_path / "whole.jsonl")
+    fitter = fitter_of(whole)
+    limit = fitter.cost.unpooled / 2
+    # The first loses much.
+    starts = [((0, 32), (1, 16), (2, 8))]
+    candidates = whole.fitted(fitter, limit, [*map(dict, starts), *seeds(4, 4)])
+    # One candidate of those that meet more images is tried on them, and then the budget ends.
+    search = searching(images, tmp_path / "short.jsonl", trials=len(candidates))
+    best = search.find(fitter, limit, starts)
+    first = {schedule: whole.try_out(schedule, 0).loss for schedule in candidates}
+    assert len(candidates) > 2 and first[best] == min(first.values())
+    assert best != candidates[0]
+
+
 def test_the_losses_are_kl_in_nats_and_one_minus_cosine():
     reference, other = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])
     kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
