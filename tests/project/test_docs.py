@@ -276,6 +276,8 @@ def test_the_code_of_a_page_runs(page, desk, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "desk"
     shutil.copytree(desk, folder, symlinks=True)
     monkeypatch.chdir(folder)
+    # Downloaded only by `make test-demo`.
+    monkeypatch.setattr("hpool_vit.toolkit.export.web.read_runtime", lambda source: {})
     reader = Reader(page.name, folder, monkeypatch, capsys)
     commands = record_commands(blocks, folder)
     for number, block in enumerate(blocks):

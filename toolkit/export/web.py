@@ -115,7 +115,7 @@ def draw_house() -> Image.Image:
         "RGB", [sky.point(lambda value, low=low: low + value * (250 - low) // 255) for low in (70, 140, 220)]
     )
     pen = ImageDraw.Draw(image)
-    pen.ellipse((720, 70, 840, 190), fill="#ffe27a")
+    pen.ellipse((640, 110, 750, 220), fill="#ffe27a")
     pen.ellipse((-300, 460, 800, 1100), fill="#4f8f4a")
     pen.ellipse((300, 500, 1400, 1200), fill="#3d7a45")
     pen.rectangle((330, 330, 610, 560), fill="#e9dcc3")
@@ -123,7 +123,7 @@ def draw_house() -> Image.Image:
     pen.rectangle((435, 440, 505, 560), fill="#5b3a26")
     for left in (360, 530):
         pen.rectangle((left, 380, left + 52, 432), fill="#8fb8d8", outline="white", width=6)
-    pen.rectangle((766, 420, 794, 600), fill="#5b3a26")
-    for left, top in ((690, 300), (770, 290), (730, 230)):
+    pen.rectangle((706, 420, 734, 600), fill="#5b3a26")
+    for left, top in ((630, 310), (710, 300), (670, 250)):
         pen.ellipse((left, top, left + 110, top + 170), fill="#2f6b3a")
     return image.resize((480, 360), Image.Resampling.LANCZOS)

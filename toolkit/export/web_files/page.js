@@ -70,7 +70,7 @@ function showStages(picture, groups) {
     canvas.ariaLabel = `The ${rows} × ${columns} patches in the colours of ${count} tokens`;
     canvas.dataset.tokens = count;
     drawCells(canvas, cellsOf(patches, tokens.grid), patches, colours, picture);
-    element("figcaption", `Block ${block}: ${count} tokens, of up to ${most} patches`, figure);
+    element("figcaption", `Block ${block}: ${count} tokens, up to ${most} patches each`, figure);
   });
 }
 

@@ -215,7 +215,7 @@ def test_the_picture_shows_which_patches_each_token_stands_for(page, site, tmp_p
         assert canvas.get_attribute("data-tokens") == str(stage.num_tokens)
     captions = page.locator("#figures figcaption").all_inner_texts()
     assert captions == [
-        f"Block {stage.block}: {stage.num_tokens} tokens, of up to {int(stage.sizes.max())} patches"
+        f"Block {stage.block}: {stage.num_tokens} tokens, up to {int(stage.sizes.max())} patches each"
         for stage in trace.stages[1:]
     ]
 
