@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation, PreTrainedModel
 
-from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
+from hpool_vit import HPoolViTConfig
 
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.measuring import Logits
@@ -76,6 +77,9 @@ def export_model(
     preprocessor_config.json, labels.json, export.json with what was measured and, for ONNX, predict_onnx.py. It
     appears only if the exported model gives the logits of PyTorch.
 
+    Of a model for segmentation, the logits have the shape (batch_size, num_labels, rows, columns), and the folder has
+    no program.
+
     Args:
         model (`str`): a saved folder, or an id on the Hub.
         output_dir (`str` or `Path`): a folder that does not exist yet, or is empty.
@@ -107,9 +111,16 @@ def export_model(
     chosen = FORMATS[format]
     chosen.check_packages()
     check_output_dir(output_dir)
-    files = chosen.files(runtime)
+    is_segmenter = segments(model)
+    if is_segmenter:
+        check_segmenter_options(model, format, int8)
+    files = {} if is_segmenter else chosen.files(runtime)
     with folder_written_whole(output_dir) as folder:
-        network, preprocessing = load(model, chosen.prepares_images, speed)
+        network, image_processor, preprocessing = load(model, speed)
+        if is_segmenter:
+            check_image_size(model, network.config, image_processor, dynamic_image_size)
+        elif chosen.prepares_images:
+            check_preprocessing(image_processor, preprocessing, network.config)
         record = {"model": str(model), "format": format, "torch": torch.__version__}
         record |= {} if speed is None else {"speed": speed}
         record |= write_model(network, folder / chosen.file_name, format, dynamic_image_size)
@@ -126,27 +137,42 @@ def export_model(
     return record
 
 
-def load(
-    name: str, prepares_images: bool, speed: float | None = None
-) -> tuple[HPoolViTForImageClassification, dict[str, Any]]:
-    """A trained model in float32, and the content of its preprocessor_config.json."""
-    if segments(name):
-        raise ExportError(f"{name} gives each pixel a class: only classifiers of images are exported.")
+def load(name: str, speed: float | None = None) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """A trained model in float32, its image processor, and the content of its preprocessor_config.json."""
     chosen = {} if speed is None else {"speed": speed}
-    model, image_processor, _, new = load_saved_model(name, dtype=torch.float32, attn_implementation="sdpa", **chosen)
+    auto_class = AutoModelForSemanticSegmentation if segments(name) else AutoModelForImageClassification
+    model, image_processor, _, new = load_saved_model(
+        name, auto_class=auto_class, dtype=torch.float32, attn_implementation="sdpa", **chosen
+    )
     if model.config.model_type != HPoolViTConfig.model_type:
         raise ExportError(f"{name} is a model of the type {model.config.model_type!r}, not an HPool-ViT.")
     check_weights(name, model, new)
     preprocessing = image_processor.to_dict()
     preprocessing.pop("auto_map", None)  # the exported folder does not have the code that it names
-    if prepares_images:
-        check_preprocessing(image_processor, preprocessing, model.config)
-    return model, preprocessing
+    return model, image_processor, preprocessing
 
 
-def write_model(
-    model: HPoolViTForImageClassification, file: Path, format: str, dynamic_image_size: bool
-) -> dict[str, Any]:
+def check_segmenter_options(name: str, format: str, int8: str | None) -> None:
+    """Raises an `ExportError` for what is there for classifiers alone."""
+    if not FORMATS[format].takes_segmenters:
+        others = " or ".join(other for other, chosen in FORMATS.items() if chosen.takes_segmenters)
+        raise ExportError(f"{name} gives each pixel a class, and `format={format}` is for classifiers: use {others}.")
+    if int8:
+        raise ExportError(f"{name} gives each pixel a class, and `int8={int8}` is for classifiers: leave it out.")
+
+
+def check_image_size(name: str, config: HPoolViTConfig, image_processor: Any, dynamic_image_size: bool) -> None:
+    """Raises an `ExportError` if the image processor prepares images of a size that the exported model refuses."""
+    image = torch.zeros(3, *config.image_shape, dtype=torch.uint8)
+    prepared = tuple(image_processor(image, return_tensors="pt").pixel_values.shape[2:])
+    if prepared != config.image_shape and not dynamic_image_size:
+        raise ExportError(
+            f"{name} has the `image_size` {config.image_shape} in its configuration, and its image processor prepares "
+            f"images of {prepared}: set `dynamic_image_size`."
+        )
+
+
+def write_model(model: PreTrainedModel, file: Path, format: str, dynamic_image_size: bool) -> dict[str, Any]:
     """Writes the exported model, compares it with `model`, and returns what was measured."""
     options = {"interpolate_pos_encoding": dynamic_image_size, "return_dict": True}
     module = FORMATS[format].module(model, **options).eval()
@@ -267,6 +293,8 @@ def command(
 
     With --format web it is a page of static files, also for a static Space. The page runs the model on the visitor's
     device, and shows the classes, the time and what merged.
+
+    Of a model for segmentation, the logits are a map of scores per class, and predict_onnx.py is left out.
     """
     record = export_model(
         model,

@@ -35,6 +35,8 @@ class Format:
         files: the files that go into the folder whatever the model is, by name; takes `runtime`.
         describe: writes files about the model into the folder.
         usage: a command that uses the folder, with its name as `{folder}`.
+        takes_segmenters: whether models for segmentation are exported too, alone: nothing of the folder's programs is
+            for them.
     """
 
     file_name: str
@@ -47,6 +49,7 @@ class Format:
     files: Callable[[str | Path | None], dict[str, bytes]] = lambda runtime: {}
     describe: Callable[[HPoolViTForImageClassification, Path], None] = lambda model, folder: None
     usage: str = ""
+    takes_segmenters: bool = False
 
 
 def check_options(format: str, options: dict[str, Any]) -> None:
@@ -140,6 +143,7 @@ FORMATS = {
         options=frozenset({"int8", "dynamic_image_size"}),
         prepares_images=True,
         files=onnx_files,
+        takes_segmenters=True,
     ),
     "torch_export": Format(
         file_name="model.pt2",
@@ -147,6 +151,7 @@ FORMATS = {
         write=write_torch_export,
         open=open_torch_export,
         options=frozenset({"dynamic_image_size"}),
+        takes_segmenters=True,
     ),
     "web": Format(
         file_name="model.onnx",
