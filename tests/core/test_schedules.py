@@ -3,20 +3,18 @@
 import copy
 import itertools
 import json
-import os
 
 import pytest
 import torch
-from helpers import TESTS, run_python, tiny_config, tiny_model
+from helpers import run_python, tiny_config, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor, HPoolViTModel
+from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTModel
 from hpool_vit.configuration_hpool_vit import LN_ORDERS, POOL_MODES
 from hpool_vit.pooling_hpool_vit import resize_positions
 
 
 OTHER_SCHEDULES = [[0], [1], [2], [3], [1, 2], [0, 1, 3], [], None]
-TRAIN = TESTS / "programs" / "train.py"
 
 
 @torch.no_grad()
@@ -477,13 +475,3 @@ class TestTrainingSeveralSchedules:
             loaded = HPoolViTForImageClassification.from_pretrained(tmp_path, hvt_pool=schedule)
             assert loaded.config.hvt_pool_choices == ELASTIC["hvt_pool_choices"]
             assert torch.equal(logits(loaded, pixel_values), logits(model, pixel_values))
-
-    @pytest.mark.slow
-    def test_two_processes_train_it_without_looking_for_unused_parameters(self, tmp_path):
-        model = tiny_model(**ELASTIC)
-        model.save_pretrained(tmp_path / "model")
-        HPoolViTImageProcessor.for_config(model.config).save_pretrained(tmp_path / "model")
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        arguments = [TRAIN, tmp_path / "model", tmp_path / "run", 3, "--batch_size", 4]
-        result = run_python(*launch, *arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
-        assert len(json.loads(result.split("RESULT ")[1].splitlines()[0])["losses"]) == 3

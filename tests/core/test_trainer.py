@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,43 +14,57 @@ from hpool_vit import HPoolViTImageProcessor
 TRAIN = TESTS / "programs" / "train.py"
 
 
-def result_of(output: str) -> dict:
-    return json.loads(output.split("RESULT ")[1].splitlines()[0])
+def train(*args, **kwargs) -> list[dict]:
+    """The results of each model, from one process or those of a launcher."""
+    printed = run_python(*args, **kwargs).stdout
+    return [json.loads(part.splitlines()[0]) for part in printed.split("RESULT ")[1:]]
 
 
-def test_training_stopped_after_a_checkpoint_resumes_to_the_same_weights(saved_folder, tmp_path):
-    whole = result_of(run_python(TRAIN, saved_folder, tmp_path / "whole", 4).stdout)
-    run_python(TRAIN, saved_folder, tmp_path / "parts", 2)
-    resumed = result_of(run_python(TRAIN, saved_folder, tmp_path / "parts", 4, "--resume").stdout)
-    assert len(whole["losses"]) == 4 and whole["losses"][-1] < whole["losses"][0]
-    assert resumed == whole
+@pytest.fixture(scope="module")
+def whole(saved_folder, tmp_path_factory) -> tuple[Path, dict]:
+    """A run of 4 steps, with a checkpoint after 2, and its results."""
+    output = tmp_path_factory.mktemp("whole")
+    [result] = train(TRAIN, output, 4, saved_folder)
+    return output / saved_folder.name, result
 
 
-def test_a_checkpoint_of_a_remote_code_model_is_complete_and_resumes_in_a_fresh_process(saved_folder, tmp_path):
-    run_python(TRAIN, saved_folder, tmp_path / "run", 2, "--remote", hide=("hpool_vit",))
-    checkpoint = tmp_path / "run" / "checkpoint-2"
+def test_training_stopped_after_a_checkpoint_resumes_to_the_same_weights(saved_folder, whole, tmp_path):
+    folder, expected = whole
+    assert len(expected["losses"]) == 4 and expected["losses"][-1] < expected["losses"][0]
+    shutil.copytree(folder / "checkpoint-2", tmp_path / saved_folder.name / "checkpoint-2")
+    assert train(TRAIN, tmp_path, 4, saved_folder, "--resume") == [expected]
+
+
+def test_a_checkpoint_of_a_remote_code_model_is_complete_and_resumes_in_a_fresh_process(saved_folder, whole, tmp_path):
+    train(TRAIN, tmp_path, 2, saved_folder, "--remote", hide=("hpool_vit",))
+    # What the second process loads is the checkpoint, code and all.
+    checkpoint = tmp_path / saved_folder.name / "checkpoint-2"
     assert {path.name for path in checkpoint.glob("*.py")} == CODE
     assert (checkpoint / "preprocessor_config.json").is_file()
-    arguments = (TRAIN, checkpoint, tmp_path / "run", 4, "--remote", "--resume")
-    resumed = result_of(run_python(*arguments, hide=("hpool_vit",)).stdout)
-    assert resumed == result_of(run_python(TRAIN, saved_folder, tmp_path / "whole", 4).stdout)
+    again = tmp_path / "again" / saved_folder.name
+    shutil.copytree(checkpoint, again)
+    shutil.copytree(checkpoint, tmp_path / "output" / saved_folder.name / "checkpoint-2")
+    resumed = train(TRAIN, tmp_path / "output", 4, again, "--remote", "--resume", hide=("hpool_vit",))
+    assert resumed == [whole[1]]
 
 
-def train_on_two_processes(folder: Path, output: Path) -> dict:
+def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(tmp_path):
+    # `ddp_find_unused_parameters=False`: a parameter without a gradient would stop the second step.
+    variants = {
+        "default": {},
+        "merge": {"ln_order": "pre", "pool_mode": "merge", "use_class_token": True},
+        "schedules": {"hvt_pool_choices": [None, [2], [1, 3], [3]]},
+    }
+    folders = [tmp_path / name for name in variants]
+    for folder, variant in zip(folders, variants.values(), strict=True):
+        model = tiny_model(**variant)
+        model.save_pretrained(folder)
+        HPoolViTImageProcessor.for_config(model.config).save_pretrained(folder)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return result_of(run_python(*launch, TRAIN, folder, output, 3, "--batch_size", 4, env=environment).stdout)
-
-
-@pytest.mark.parametrize(
-    "variant", [{}, {"ln_order": "pre", "pool_mode": "merge", "use_class_token": True}], ids=["default", "merge"]
-)
-def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(variant, tmp_path):
-    # `ddp_find_unused_parameters=False`: a parameter without a gradient would stop the second step.
-    model = tiny_model(**variant)
-    model.save_pretrained(tmp_path / "model")
-    HPoolViTImageProcessor.for_config(model.config).save_pretrained(tmp_path / "model")
-    one = result_of(run_python(TRAIN, tmp_path / "model", tmp_path / "one", 3, "--batch_size", 8).stdout)
-    two = train_on_two_processes(tmp_path / "model", tmp_path / "two")
-    assert two["processes"] == 2 and len(two["losses"]) == 3
-    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    one = train(TRAIN, tmp_path / "one", 3, *folders, "--batch_size", 8)
+    two = train(*launch, TRAIN, tmp_path / "two", 3, *folders, "--batch_size", 4, env=environment)
+    assert len(one) == len(two) == len(variants)
+    for first, second in zip(one, two, strict=True):
+        assert second["processes"] == 2 and len(second["losses"]) == 3
+        assert second["losses"] == pytest.approx(first["losses"], abs=1e-4)

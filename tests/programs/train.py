@@ -1,12 +1,14 @@
-"""Trains a saved model on fixed random images with the Trainer and prints the loss of every step.
+"""Trains saved models, one by one, on fixed random images with the Trainer, and prints the loss of every step.
 
-    python train.py FOLDER OUTPUT STEPS [--remote] [--batch_size N] [--resume]
+    python train.py OUTPUT STEPS FOLDER… [--remote] [--batch_size N] [--resume]
 
-`--remote` loads the code in the folder instead of the package. Runs in one process, or in many under torchrun.
+OUTPUT gets a folder for each. `--remote` loads the code in the folders instead of the package. Runs in one process, or
+in many under torchrun.
 """
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
@@ -25,9 +27,9 @@ class RandomImages(torch.utils.data.Dataset):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("output")
+    parser.add_argument("output", type=Path)
     parser.add_argument("steps", type=int)
+    parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--remote", action="store_true")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--resume", action="store_true")
@@ -35,10 +37,18 @@ def main():
     if not args.remote:
         import hpool_vit  # noqa: F401 - registers the classes
 
-    model = AutoModelForImageClassification.from_pretrained(args.folder, trust_remote_code=args.remote)
+    for folder in args.folders:
+        trainer = train(folder, args)
+    # A process that ends while its peers' threads still talk to it may abort.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def train(folder: Path, args: argparse.Namespace) -> Trainer:
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=args.remote)
     assert type(model).__module__.startswith("transformers_modules") == args.remote
     arguments = TrainingArguments(
-        output_dir=args.output,
+        output_dir=str(args.output / folder.name),
         max_steps=args.steps,
         save_steps=2,
         logging_steps=1,
@@ -54,16 +64,14 @@ def main():
         model=model,
         args=arguments,
         train_dataset=RandomImages(),
-        processing_class=AutoImageProcessor.from_pretrained(args.folder, trust_remote_code=args.remote),
+        processing_class=AutoImageProcessor.from_pretrained(folder, trust_remote_code=args.remote),
     )
     trainer.train(resume_from_checkpoint=args.resume or None)
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         weights = sum(parameter.double().abs().sum().item() for parameter in model.parameters())
         print("RESULT " + json.dumps({"losses": losses, "weights": weights, "processes": arguments.world_size}))
-    # A process that ends while its peers' threads still talk to it may abort.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    return trainer
 
 
 main()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TESTS, run_command, run_python
+from helpers import TESTS, call_command, run_command, run_python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
@@ -94,10 +94,10 @@ def logits_without_the_package(tmp_path: Path, folder: Path, pixel_values: torch
 
 
 class TestTheSource:
-    def test_a_checkpoint_of_the_papers_code_becomes_the_papers_model(self, tmp_path, hvt, reference):
+    def test_a_checkpoint_of_the_papers_code_becomes_the_papers_model(self, tmp_path, hvt, reference, capsys):
         (tmp_path / "labels.txt").write_text("\n".join(f"class {index}" for index in range(10)))
         folder = tmp_path / "models" / "hvt-tiny"
-        result = run_command("convert", hvt, "--output_dir", folder, "--labels", tmp_path / "labels.txt")
+        result = call_command(capsys, "convert", hvt, "--output_dir", folder, "--labels", tmp_path / "labels.txt")
         assert result.stdout == (
             "Dropped: nothing.\nNewly initialised: nothing.\n"
             "Image 64, patch 8, width 128, 4 blocks of 2 heads, 10 classes; "
@@ -111,9 +111,9 @@ class TestTheSource:
         assert load(folder).config.id2label[0] == "class 0"
         assert AutoImageProcessor.from_pretrained(folder).crop_size == {"height": 64, "width": 64}
 
-    def test_a_vit_becomes_one_that_starts_from_its_weights(self, tmp_path, vit, pixel_values):
+    def test_a_vit_becomes_one_that_starts_from_its_weights(self, tmp_path, vit, pixel_values, capsys):
         words = ["--hvt_pool", "none", "--image_mean", "0.5,0.4,0.3", "--image_std", "0.5,0.5,0.5"]
-        result = run_command("convert", vit, "--output_dir", tmp_path / "out", *words)
+        result = call_command(capsys, "convert", vit, "--output_dir", tmp_path / "out", *words)
         assert result.stdout == (
             "Dropped: nothing.\nNewly initialised: nothing.\n"
             "Image 32, patch 4, width 64, 4 blocks of 2 heads, 5 classes; 64 tokens without pooling.\n"

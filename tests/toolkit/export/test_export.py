@@ -3,7 +3,9 @@
 of the logits, or half of it with fixed ranges. Most tests call the function: a new process takes seconds to start.
 """
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_command, run_python, tiny_config, tiny_model
+from helpers import call_command, run_python, tiny_config, tiny_model
 from image_files import BAD_FILES, CONVERTED_FILES, encoded, picture, write_folder
 from PIL import Image
 from transformers import ConvNextImageProcessor, ViTImageProcessor
@@ -91,10 +93,12 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(saved_folder, photos, tmp_path_factory):
-    """What the command leaves and prints, run as a user runs it."""
-    output = tmp_path_factory.mktemp("exported") / "onnx"
+    """What the command leaves and prints."""
+    output, printed = tmp_path_factory.mktemp("exported") / "onnx", io.StringIO()
     flags = ["--output_dir", output, "--int8", "dynamic", "--eval_dir", photos]
-    return output, run_command("export", saved_folder, *flags).stdout
+    with contextlib.redirect_stdout(printed):
+        command.main(["export", str(saved_folder), *map(str, flags)])
+    return output, printed.getvalue()
 
 
 @variants
@@ -294,7 +298,7 @@ def test_the_exported_program_does_not_start_with_wrong_flags(exported, photos, 
 
 
 def test_the_exported_program_reports_bad_files_and_answers_the_others_as_predict_does(
-    exported, saved_folder, photos, tmp_path
+    exported, saved_folder, photos, tmp_path, capsys
 ):
     for name, (content, _) in {**BAD_FILES, **CONVERTED_FILES}.items():
         (tmp_path / name).write_bytes(content)
@@ -304,7 +308,7 @@ def test_the_exported_program_reports_bad_files_and_answers_the_others_as_predic
     files = [*(tmp_path / name for name in names), tmp_path / "gone.png", strange, photos / "ant" / "0.png"]
     ours = run_python(exported[0] / "predict_onnx.py", "--top_k", 1, *files, hide=HIDDEN, check=False)
     words = ("--top_k", 1, "--disable_tqdm", "--format", "csv")
-    theirs = run_command("predict", saved_folder, *words, *files, check=False)
+    theirs = call_command(capsys, "predict", saved_folder, *words, *files)
     assert ours.returncode == theirs.returncode == 1
     # All but the seconds, and what the reasons of `predict` say about the flags of the image processor.
     (counted, *report), (expected, *lines) = (result.stderr.splitlines() for result in (ours, theirs))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_command, tiny_model
+from helpers import call_command, tiny_model
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -217,9 +217,10 @@ class TestTheCommand:
         assert f"{photo}: {LABELS[int(numbers['logits'].argmax())]} " in printed
         assert all(f"written: {path}" in printed for path in outputs)
 
-    def test_a_real_process_takes_several_images(self, photo, folders, tmp_path):
+    def test_it_takes_several_images(self, photo, folders, tmp_path, capsys):
         photos, picture = [photo, two_colours(tmp_path / "other.png")], tmp_path / "panels.png"
-        result = run_command("visualize", folders["merge"], *photos, "--output", picture)
+        result = call_command(capsys, "visualize", folders["merge"], *photos, "--output", picture)
+        assert result.returncode == 0
         assert [line.partition(": ")[0] for line in result.stdout.splitlines()] == [
             *map(str, photos),
             "tokens",

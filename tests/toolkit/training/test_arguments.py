@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from helpers import run_command
+from helpers import call_command
 
 from hpool_vit.toolkit.training import arguments
 from hpool_vit.toolkit.training.arguments import (
@@ -161,8 +161,8 @@ def test_a_choice_of_several_schedules_is_evaluated_with_the_first(tmp_path):
         config_overrides(parse(tmp_path, "--hvt_pool", "3", "--hvt_pool_choices", "2;none").model)
 
 
-def test_the_help_starts_with_examples_and_explains_every_flag_that_has_an_effect():
-    text = run_command("train", "--help").stdout
+def test_the_help_starts_with_examples_and_explains_every_flag_that_has_an_effect(capsys):
+    text = call_command(capsys, "train", "--help").stdout
     assert text.startswith("usage: hpool-vit train [FILE.yaml|FILE.json] [--flag value …]\n")
     introduction = text.split("\ndata (")[0]
     assert (

@@ -1,5 +1,6 @@
 """The training programs as you start them: killed and started again, in several processes, on several machines."""
 
+import functools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -123,10 +125,23 @@ def assert_equal_runs(folders: list[Path]):
         torch.testing.assert_close(load_file(folders[1] / "model.safetensors")[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Callable[[list], Path]:
+    """The folder of a run of one process, once for each program."""
+
+    @functools.cache
+    def run(*program) -> Path:
+        folder = tmp_path_factory.mktemp("one") / "one"
+        run_python(*command(program, folder, f"{EQUAL} --per_device_train_batch_size 32"))
+        return folder
+
+    return lambda program: run(*program)
+
+
+@pytest.mark.slow
 @both_programs
-def test_two_processes_train_as_one_with_twice_the_batch(program, tmp_path):
-    folders = [tmp_path / "one", tmp_path / "two"]
-    run_python(*command(program, folders[0], f"{EQUAL} --per_device_train_batch_size 32"))
+def test_two_processes_train_as_one_with_twice_the_batch(program, one_process, tmp_path):
+    folders = [one_process(program), tmp_path / "two"]
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
     run_python(*command(program, folders[1], f"{EQUAL} --per_device_train_batch_size 16", launcher))
     assert_equal_runs(folders)
@@ -140,9 +155,8 @@ def free_port() -> int:
 
 @pytest.mark.slow
 @both_programs
-def test_two_machines_train_as_one_with_twice_the_batch(program, tmp_path):
-    folders = [tmp_path / "one", tmp_path / "two"]
-    run_python(*command(program, folders[0], f"{EQUAL} --per_device_train_batch_size 32"))
+def test_two_machines_train_as_one_with_twice_the_batch(program, one_process, tmp_path):
+    folders = [one_process(program), tmp_path / "two"]
     endpoint = f"127.0.0.1:{free_port()}"
     launcher = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
     launcher += ["--rdzv_endpoint", endpoint, "--rdzv_id", "test"]
