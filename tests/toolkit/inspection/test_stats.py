@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import run_command, tiny_config
+from helpers import call_command, tiny_config
 
 from hpool_vit import (
     HPoolViTBackbone,
@@ -78,8 +78,9 @@ def test_numbers_of_macs_are_readable():
     assert [format_macs(macs) for macs in (1_624_000_000, 23_400_000)] == ["1.62 G", "23.4 M"]
 
 
-def test_the_command_prints_presets_and_saved_folders(saved_folder):
-    result = run_command("stats", "hvt-s-1", saved_folder)
+def test_the_command_prints_presets_and_saved_folders(saved_folder, capsys):
+    result = call_command(capsys, "stats", "hvt-s-1", saved_folder)
+    assert result.returncode == 0
     assert "hvt-s-1: 22.09 M parameters, 2.40 G MACs" in result.stdout
     assert result.stdout.count("stage 0") == 2
     assert format_stats(str(saved_folder), model_stats(load_config(str(saved_folder)))) in result.stdout
