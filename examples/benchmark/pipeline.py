@@ -6,6 +6,7 @@ Measure where the time goes between an image file and its class, and the images 
 The ways (--ways):
 
     pipeline         Transformers' `pipeline("image-classification")` on file names with its defaults: one process
+    pipeline-workers the same with `num_workers`: other processes decode and prepare the images
     dataloader       a DataLoader whose workers decode with Pillow and run the image processor on each batch
     dataloader-pil   the same with the image processor's Pillow backend
     device           workers only decode; the image processor runs on the whole batch on --device

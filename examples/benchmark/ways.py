@@ -19,7 +19,7 @@ from hpool_vit import HPoolViTConfig, HPoolViTImageProcessor, HPoolViTImageProce
 from hpool_vit.toolkit.shared.measuring import timer
 
 
-WAYS = ("pipeline", "dataloader", "dataloader-pil", "device", "device-draft")
+WAYS = ("pipeline", "pipeline-workers", "dataloader", "dataloader-pil", "device", "device-draft")
 STEPS = ("decode", "resize", "normalise", "other", "forward")
 # The step that each method of the image processors belongs to, by backend; the rest of their work is "other".
 METHODS = {
@@ -105,7 +105,7 @@ class Way:
         self.args = args
         self.on_device = name.startswith("device")
         self.processor = processors["pil" if name.endswith("-pil") else "torchvision"]
-        if name != "pipeline":
+        if not name.startswith("pipeline"):
             self.serial, self.parallel = self.loader(0), self.loader(args.num_workers)
 
     def loader(self, num_workers: int) -> DataLoader:
@@ -128,8 +128,8 @@ class Way:
 
     def run(self, model: nn.Module, parallel: bool) -> list[int]:
         """Classifies all files once and returns the class of each."""
-        if self.name == "pipeline":
-            return self.run_pipeline(model)
+        if self.name.startswith("pipeline"):
+            return self.run_pipeline(model, self.args.num_workers if parallel and self.name != "pipeline" else 0)
         classes = []
         forward = self.clock.wrap("forward", torch.inference_mode()(model))
         for batch in self.parallel if parallel else self.serial:
@@ -139,7 +139,7 @@ class Way:
             classes += logits.argmax(-1).tolist()
         return classes
 
-    def run_pipeline(self, model: nn.Module) -> list[int]:
+    def run_pipeline(self, model: nn.Module, num_workers: int) -> list[int]:
         classifier = pipeline(
             "image-classification", model=model, image_processor=self.processor, device=self.args.device
         )
@@ -147,7 +147,8 @@ class Way:
         load_image = image_classification.load_image
         image_classification.load_image = self.clock.wrap("decode", load_image)
         try:
-            answers = classifier(list(map(str, self.files)), batch_size=self.args.batch_size, top_k=1)
+            files = list(map(str, self.files))
+            answers = classifier(files, batch_size=self.args.batch_size, num_workers=num_workers, top_k=1)
         finally:
             image_classification.load_image = load_image
         return [model.config.label2id[answer[0]["label"]] for answer in answers]
