@@ -40,7 +40,12 @@ def load_model(args: argparse.Namespace):
     if args.hvt_pool is not None:
         overrides["hvt_pool"] = parse_value("hvt_pool", args.hvt_pool)
     model, image_processor, notes = start_segmenter(
-        args.model_name_or_path, args.head, args.class_names, args.image_size, **overrides
+        args.model_name_or_path,
+        args.head,
+        args.class_names,
+        args.image_size,
+        out_indices=args.out_indices,
+        **overrides,
     )
     print("\n".join(notes))
     return model, image_processor
@@ -92,6 +97,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head", choices=HEADS, default="linear")
     parser.add_argument("--pooling", choices=POOLINGS, help="default: the model's own; a ViT needs one of them")
     parser.add_argument("--hvt_pool", help="blocks that pool their input, such as 3,9")
+    parser.add_argument(
+        "--out_indices",
+        type=int,
+        nargs="+",
+        metavar="BLOCKS",
+        help="after how many blocks the head reads a map; default: the middle and the last for the linear head, four "
+        "for UperNet, and the last of each resolution if the grid is pooled",
+    )
     parser.add_argument("--image_size", type=int, nargs=2, default=(512, 512), help="height and width in pixels")
     parser.add_argument("--output_dir", required=True, help="gets the model, checkpoints, pictures and model card")
     parser.add_argument("--num_train_epochs", type=float, default=30)

@@ -105,6 +105,13 @@ def test_upernet_on_a_trained_hpool_vit(tmp_path, scenes):
     assert type(hpool_vit.HPoolViTBackbone.from_pretrained(output / "backbone")).__name__ == "HPoolViTBackbone"
 
 
+def test_the_maps_that_the_head_reads_can_be_chosen(tmp_path, scenes, vit_folder):
+    more = ["--pooling", "none", "--out_indices", 1]
+    args = run_semantic_segmentation.parse_args(flags(scenes, vit_folder, tmp_path / "out", *more))
+    model, _ = run_semantic_segmentation.load_model(args)
+    assert model.out_indices == [1] and model.decode_head.in_channels == model.config.hidden_size
+
+
 def test_the_trunk_starts_with_its_trained_weights(tmp_path):
     trained = tiny_model(pool_mode="merge")
     trained.save_pretrained(tmp_path)
