@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace, files: list[Path]) -> list[dict[str, Any]]
 def summarise(way: str, name: str, rates: dict, seconds: dict, args: argparse.Namespace) -> dict[str, Any]:
     mine, base = rates[way, name], rates[way, args.reference]
     steps = {step: statistics.median(times[step] for times in seconds[way, name]) for step in STEPS}
-    before = sum(steps.values()) - steps["forward"]
+    before = sum(steps.values()) - steps["forward"] - steps["answer"]
     return {
         "way": way,
         "model": name,
@@ -146,8 +146,9 @@ def format_results(results: dict[str, Any]) -> str:
         format_table(header, rows),
         "",
         "images/s: of the whole way with its workers, median (quartiles). The steps: ms per image and share, all in",
-        "one process; *normalise* includes the crop, *other* is tensor conversion, stacking and the rest. The last",
-        "column: speed of everything before the model as a multiple of the model's; above 1, the model is the limit.",
+        "one process; *normalise* includes the crop, *other* is tensor conversion, stacking and the rest, *answer* is",
+        "what the pipeline makes of the logits. The last column: speed of everything before the model as a multiple",
+        "of the model's; above 1, the model is the limit.",
         "",
     ]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from hpool_vit.toolkit.shared.measuring import timer
 
 
 WAYS = ("pipeline", "pipeline-workers", "dataloader", "dataloader-pil", "device", "device-draft")
-STEPS = ("decode", "resize", "normalise", "other", "forward")
+STEPS = ("decode", "resize", "normalise", "other", "forward", "answer")
 # The step that each method of the image processors belongs to, by backend; the rest of their work is "other".
 METHODS = {
     "torchvision": {"resize": "resize", "center_crop": "normalise", "rescale_and_normalize": "normalise"},
@@ -144,6 +144,7 @@ class Way:
             "image-classification", model=model, image_processor=self.processor, device=self.args.device
         )
         classifier._forward = self.clock.wrap("forward", classifier._forward)
+        classifier.postprocess = self.clock.wrap("answer", classifier.postprocess)
         load_image = image_classification.load_image
         image_classification.load_image = self.clock.wrap("decode", load_image)
         try:

@@ -35,7 +35,9 @@ def test_the_program_measures_each_way_for_each_model(folders, photos, tmp_path)
     assert list(records) == [(way, model) for way in WAYS for model in folders.values()]
     for record in records.values():
         assert sum(record["share"].values()) == pytest.approx(1, abs=1e-3)
-        assert all(record["ms_per_image"][step] > 0 for step in STEPS)
+        assert all(record["ms_per_image"][step] > 0 for step in STEPS if step != "answer")
+        # Only Transformers' pipeline makes more of the logits than the best class.
+        assert (record["ms_per_image"]["answer"] > 0) == record["way"].startswith("pipeline")
         assert record["images_per_second"][1] > 0 and record["keeps_up"] > 0
     assert records["device", folders["flat"]]["faster"] == [1, 1, 1]
     report = output.with_suffix(".md").read_text()
@@ -69,7 +71,7 @@ def test_the_clock_calls_other_what_no_step_took():
         work()
         sum(range(200_000))
     assert list(steps) == list(STEPS) and steps["decode"] > 0 and steps["other"] > 0
-    assert steps["resize"] == steps["normalise"] == steps["forward"] == 0
+    assert steps["resize"] == steps["normalise"] == steps["forward"] == steps["answer"] == 0
     with clock.measure() as nothing:
         pass
     assert nothing["decode"] == 0
