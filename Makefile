@@ -49,7 +49,7 @@ test-demo: $(VENV)/.installed
 
 test-conformance: $(VENV)/.installed
 	$(BIN)/python tests/conformance/fetch_transformers_tests.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/conformance -m conformance
+	$(BIN)/python -m pytest tests/conformance -m conformance
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python examples/benchmark/benchmark.py --short --overwrite --output outputs/benchmark
