@@ -26,7 +26,7 @@ COMMANDS = {
     "predict": ("inference.predict", "Classify image files, folders of them, and web addresses."),
     "visualize": ("inspection.visualize", "Draw which patches each token stands for after each stage."),
     "stats": ("inspection.stats", "Count parameters, tokens and multiply-accumulates per stage."),
-    "export": ("export.export", "Export to ONNX or torch.export, in float32 or int8, and check the result."),
+    "export": ("export.export", "Export to ONNX, torch.export or a page for browsers, and check the result."),
     "push": ("hub.push", "Write a repository with a model card, and upload it to the Hub."),
     "demo": ("demo.app", "Try models on a page in your browser, or write the page as a Space."),
 }
