@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from huggingface_hub.repocard import metadata_load
 from PIL import Image
 
 from hpool_vit import HPoolViTForSemanticSegmentation, HPoolViTImageProcessor
@@ -106,7 +107,9 @@ def test_the_folder_has_all_that_the_page_needs_and_the_model_says_what_merged(p
     page = {file.name for file in web.WEB_FILES.iterdir()}
     made = {"model.onnx", "labels.json", "tokens.json", "preprocessor_config.json", "export.json", "example.png"}
     assert {path.name for path in folder.iterdir()} == page | made | {"runtime"}
-    assert "sdk: static" in (folder / "README.md").read_text()
+    card = metadata_load(folder / "README.md")
+    assert card["sdk"] == "static" and card["app_file"] == "index.html"
+    assert len(card["short_description"]) <= 60  # or the Hub refuses it
     images = torch.randn(3, 3, 32, 32)
     trace = trace_pooling(model, images)
     logits, groups = open_model(folder / "model.onnx").run(["logits", "groups"], {"pixel_values": images.numpy()})
