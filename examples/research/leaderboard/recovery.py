@@ -18,8 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from leaderboard import print_table
-from photos import SPLIT_SEED, halves, load_photos, normalize
+from photos import SPLIT_SEED, Photos, halves, load_photos, normalize
 from scores import Answers, bootstrap
 from torch import nn
 from transformers.utils import logging
@@ -28,7 +27,7 @@ from hpool_vit import HPoolViTForImageClassification
 from hpool_vit.toolkit import convert
 from hpool_vit.toolkit.conversion.vit import convert_vit
 from hpool_vit.toolkit.shared.files import write_json
-from hpool_vit.toolkit.shared.measuring import count_macs
+from hpool_vit.toolkit.shared.measuring import count_macs, format_table
 
 
 # The short side of the photos, of which `load_photos` cuts out the middle 224 × 224.
@@ -50,50 +49,84 @@ def prepare(args: argparse.Namespace) -> None:
     image_processor.save_pretrained(args.to / "vit")
 
 
-@torch.inference_mode()
-def logits(model: nn.Module, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    return torch.cat([model(normalize(batch)).logits for batch in pixels.split(batch_size)])
+class Judge:
+    """Compares models with the unpooled one on the same photos. What `resume` has is not computed again."""
+
+    def __init__(self, unpooled: nn.Module, photos: Photos, batch_size: int, resume: Path | None):
+        self.photos, self.batch_size, self.resume = photos, batch_size, resume
+        self.reference = self.logits(unpooled, "unpooled")
+        self.whole = self.answers(self.reference)
+        # The last block computes all tokens, as in the model's source.
+        self.macs = count_macs(unpooled.hpool_vit, normalize(photos.pixels[:1])) + unpooled.classifier.weight.numel()
+
+    def logits(self, model: nn.Module, name: str) -> torch.Tensor:
+        kept = self.resume and self.resume / f"{name}.pt"
+        if kept and kept.exists():
+            return torch.load(kept, weights_only=True)
+        with torch.inference_mode():
+            batches = self.photos.pixels.split(self.batch_size)
+            logits = torch.cat([model(normalize(batch)).logits for batch in batches])
+        if kept:
+            self.resume.mkdir(parents=True, exist_ok=True)
+            torch.save(logits, kept)
+        return logits
+
+    def answers(self, logits: torch.Tensor) -> Answers:
+        return Answers.of(logits, self.reference, self.photos.labels)
+
+    def describe(self, model: nn.Module, folder: str, speed: float | None) -> dict[str, Any]:
+        """A line of the JSON for the model at its present schedule."""
+        name = folder if speed is None else f"{folder}, speed {speed:g}"
+        answers = self.answers(self.logits(model, name))
+        lost = 100 * (self.whole.correct - answers.correct)
+        macs = count_macs(model, normalize(self.photos.pixels[:1])) if model.config.hvt_pool else self.macs
+        return {
+            "model": name,
+            "hvt_pool": model.config.hvt_pool,
+            "tokens_per_stage": model.config.tokens_per_stage(),
+            "macs": macs,
+            "fewer_macs": round(self.macs / macs, 3),
+            **answers.summary(),
+            "top1_lost": round(lost.mean().item(), 2),
+            "top1_lost_interval": [round(bound, 2) for bound in bootstrap(lost)],
+        }
 
 
 def test(args: argparse.Namespace) -> None:
     photos = load_photos(args.photos, args.cache, SHORT_SIDE)
     photos = photos.part(halves(len(photos.labels))[1][: args.num_photos])
     unpooled, _ = convert_vit(args.weights, hvt_pool=None)
-    unpooled.eval()
-    expected = logits(unpooled, photos.pixels, args.batch_size)
-    whole = Answers.of(expected, expected, photos.labels)
-    macs = unpooled_macs(unpooled, photos.pixels[:1])
-    rows = [describe("unpooled", "", macs, macs, whole, whole)]
+    judge = Judge(unpooled.eval(), photos, args.batch_size, args.resume)
+    rows = [judge.describe(unpooled, "unpooled", None)]
     for folder in args.folders:
         model = HPoolViTForImageClassification.from_pretrained(folder).eval()
         for speed in [1.0, *model.config.speeds] if model.config.speeds else [None]:
             model.set_speed(speed) if speed is not None else None
-            answers = Answers.of(logits(model, photos.pixels, args.batch_size), expected, photos.labels)
-            setting = f"speed {speed:g}" if speed else str(model.config.hvt_pool)
-            cost = macs if speed == 1 else count_macs(model, normalize(photos.pixels[:1]))
-            rows.append(describe(folder.name, setting, cost, macs, answers, whole) | recovery_of(folder))
+            rows.append(judge.describe(model, folder.name, speed) | recovery_of(folder))
+            print(rows[-1], flush=True)
     machine = f"{platform.machine()}, {args.num_threads} threads, PyTorch {torch.__version__}"
     about = {"half": "reporting", "num_photos": len(photos.labels), "split_seed": SPLIT_SEED, "machine": machine}
     write_json(args.output_dir / f"{args.name}.json", about | {"rows": rows})
-    print_table(rows)
+    print(table(rows))
 
 
-def unpooled_macs(model: nn.Module, pixels: torch.Tensor) -> int:
-    """Of a model whose last block computes all tokens, as its source does."""
-    return count_macs(model.hpool_vit, normalize(pixels)) + model.classifier.weight.numel()
-
-
-def describe(family: str, setting: str, macs: int, unpooled: int, answers: Answers, whole: Answers) -> dict[str, Any]:
-    lost = 100 * (whole.correct - answers.correct)
-    return {
-        "family": family,
-        "setting": setting,
-        "macs": macs,
-        "fewer_macs": round(unpooled / macs, 3),
-        **answers.summary(),
-        "top1_lost": round(lost.mean().item(), 2),
-        "top1_lost_interval": [round(bound, 2) for bound in bootstrap(lost)],
-    }
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        low, high = row["top1_lost_interval"]
+        lines.append(
+            [
+                row["model"],
+                " → ".join(map(str, row["tokens_per_stage"])),
+                f"{row['macs'] / 1e9:.3f}",
+                f"{row['fewer_macs']:.2f} ×",
+                f"{row['top1']:.1f}",
+                f"{row['top1_lost']:.1f} ({low:.1f} to {high:.1f})" if row["hvt_pool"] else "",
+                f"{row['agreement']:.1f}",
+                f"{row['divergence']:.4f}",
+            ]
+        )
+    return format_table(["model", "tokens", "MACs G", "fewer", "top-1", "lost", "same answers", "KL"], lines)
 
 
 def recovery_of(folder: Path) -> dict[str, Any]:
@@ -118,8 +151,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         command.add_argument("folders", type=Path, nargs="+", help="saved models")
         command.add_argument("--output_dir", type=Path, default=Path("docs/results"), help="default: %(default)s")
-        command.add_argument("--name", default="recovery", help="of the JSON (default: %(default)s)")
+        command.add_argument("--name", default="merging_recovery", help="of the JSON (default: %(default)s)")
         command.add_argument("--cache", type=Path, help="file that keeps the decoded photos for the next run")
+        command.add_argument("--resume", type=Path, help="folder that keeps the answers of each model")
         command.add_argument("--num_photos", type=int, help="only the first ones of the half, for a trial")
         command.add_argument("--batch_size", type=int, default=26, help="default: %(default)s")
         command.add_argument("--num_threads", type=int, default=1, help="default: %(default)s")
