@@ -39,8 +39,10 @@ with needs("export"):
 
 MODES = {"float32": "onnx", "int8": "onnx-int8"}
 UNPOOLED = "@hvt_pool=none"
-# Fields that change nothing in a model that neither pools nor merges.
+# Fields that change nothing in a model that neither pools nor merges, and where it came from.
 POOLING_FIELDS = (
+    "_name_or_path",
+    "stages",
     "hvt_pool",
     "pool_mode",
     "pool_kernel_size",

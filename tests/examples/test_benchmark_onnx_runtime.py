@@ -31,6 +31,13 @@ def test_the_program_compares_graphs_with_those_of_the_same_models_unpooled(tmp_
     assert report in result.stdout and "--batch_sizes 2" in report and f"`{models[1]}` | int8 | 2" in report
 
 
+def test_folders_that_differ_only_in_pooling_share_the_unpooled_one(tmp_path):
+    for mode in ("max", "merge"):
+        tiny_model(hvt_pool=[1], pool_mode=mode).save_pretrained(tmp_path / mode)
+    names = [str(tmp_path / mode) for mode in ("max", "merge")]
+    assert pair_models(names) == dict.fromkeys(names, f"{names[0]}@hvt_pool=none")
+
+
 def test_models_that_differ_only_in_pooling_share_the_unpooled_one():
     names = ["hvt-s-1", "hvt-s-4", "merge-s", "merge-s@merge_rule=importance", "hvt-ti-1"]
     pairs = pair_models(names)
