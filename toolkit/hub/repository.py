@@ -131,7 +131,7 @@ def check_task(folder: Path, repo_id: str):
         raise ValueError(
             f"{folder} is a model for segmentation (`architectures` in config.json), and only repositories of "
             f"classifiers are prepared. The folder has its code already: upload it with `hf upload {repo_id} {folder} "
-            "--exclude 'checkpoint-*' training_args.bin`."
+            "--exclude 'checkpoint-*' --exclude training_args.bin`."
         )
 
 

@@ -1,11 +1,14 @@
 """What the commands for classifiers do with a folder of a segmentation model: the task, or a refusal with a remedy."""
 
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import typer
 from helpers import tiny_config
+from huggingface_hub.cli.hf import app as hf
 from image_files import picture
 from onnxruntime import InferenceSession
 from safetensors.torch import load_file
@@ -53,6 +56,12 @@ def test_push_names_the_command_that_uploads_it(folder, tmp_path, capsys):
         main(["push", str(folder), "--repo_id", "me/scenes", "--dry_run", "--output_dir", str(tmp_path / "hub")])
     message = capsys.readouterr().err
     assert "`architectures` in config.json" in message and f"hf upload me/scenes {folder} --exclude" in message
+    # The command is one of the Hub's.
+    words = shlex.split(message.partition("`hf ")[2].partition("`")[0])
+    group = typer.main.get_command(hf) if not hasattr(hf, "make_context") else hf
+    name, subcommand, rest = group.resolve_command(group.make_context("hf", words), words)
+    given = subcommand.make_context(name, list(rest)).params
+    assert list(given["exclude"]) == ["checkpoint-*", "training_args.bin"] and given["path_in_repo"] is None
     assert not (tmp_path / "hub").exists()
 
 
