@@ -607,6 +607,11 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def records(self, kwargs: Any) -> bool:
+        """Whether a call with `kwargs` returns hidden states or attentions: those of all blocks and tokens."""
+        flags = ("output_hidden_states", "output_attentions")
+        return any(kwargs.get(name, getattr(self.config, name, False)) for name in flags)
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that recipes for ViTs exempt from weight decay beside biases and norms."""
         exempt = ("position_embeddings", "cls_token", "register_tokens", "probe", ".scale")
@@ -874,13 +879,10 @@ class HPoolViTForImageClassification(HPoolViTPreTrainedModel):
         """
         if labels is not None and not self.num_labels:
             raise ValueError("`labels` need a classifier, and the model has none (`num_labels=0`): give it classes.")
-        # What is recorded is recorded of all tokens.
-        flags = ("output_hidden_states", "output_attentions")
-        records = any(kwargs.get(name, getattr(self.config, name, False)) for name in flags)
         outputs: BaseModelOutputWithPooling = self.hpool_vit(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
-            pooled_only=not records,
+            pooled_only=not self.records(kwargs),
             return_dict=True,
             **kwargs,
         )
@@ -1025,10 +1027,7 @@ class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
         if interpolate_pos_encoding is None:
             interpolate_pos_encoding = tuple(pixel_values.shape[2:]) != self.config.image_shape
         indices = self.map_indices
-        # What is recorded is recorded of all blocks.
-        flags = ("output_hidden_states", "output_attentions")
-        records = any(kwargs.get(name, getattr(self.config, name, False)) for name in flags)
-        stop = None if records else max(indices)
+        stop = None if self.records(kwargs) else max(indices)
         _, kept = self.hpool_vit.encode(pixel_values, interpolate_pos_encoding, keep=indices, stop=stop, **kwargs)
         feature_maps = [self.hpool_vit.finish(kept[index]).feature_map for index in indices]
         if self.pyramid is not None:
