@@ -43,7 +43,8 @@ def draw_panel(axes: Axes, record: dict[str, Any], name: str, title: str) -> Non
     places = [row["times_as_fast" if by_time else "times_fewer_macs"] for row in speeds]
     chosen = [row["searched"] for row in speeds]
     axes.plot(places, [row[name] for row in chosen], "o", color=CHOSEN, label="chosen")
-    axes.plot(places, [row[name] for row in speeds], "D-", color=HELD_BACK, label="chosen, on images held back")
+    held_back = "chosen, on images held back" + " after recovery" * ("before_recovery" in record["unpooled"])
+    axes.plot(places, [row[name] for row in speeds], "D-", color=HELD_BACK, label=held_back)
     axes.set_xlabel("Times as fast on this machine" if by_time else "Times fewer multiply-accumulates")
     axes.set_title(title, fontsize=11)
     if name == "agreement":
