@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..shared.console import needs, one_line
 from ..shared.files import written_whole
@@ -25,7 +26,7 @@ with needs("train"):
 
 
 # Of the head, by pool mode. Windows take a trained model further from its answers than merging does.
-LEARNING_RATES = {"merge": 1e-4, "max": 3e-4, "avg": 3e-4}
+LEARNING_RATES = {"merge": 5e-5, "max": 3e-4, "avg": 3e-4}
 LAYER_DECAY = 0.85
 BATCH_SIZE = 32
 WARMUP = 0.05
@@ -35,7 +36,7 @@ EMA_DECAY = 0.98
 # 1 − cosine of the pooled outputs counts as much as so many nats.
 FEATURE_WEIGHT = 2.0
 # How often the images that are held back are looked at, at most. So many times in a row without a gain are the end.
-NUM_CHECKS, PATIENCE = 20, 6
+NUM_CHECKS, PATIENCE = 20, 10
 # The share of the images that is held back.
 HELD_BACK, MOST_HELD_BACK = 1 / 6, 256
 
@@ -174,17 +175,25 @@ class Recovery:
         epoch, place = divmod(step, self.steps_per_epoch)
         order = torch.randperm(len(self.lessons), generator=torch.Generator().manual_seed(self.seed + epoch))
         indices = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
-        set_schedule(self.model, draw.choice(self.schedules))
+        drawn = draw.randrange(len(self.schedules))
+        set_schedule(self.model, self.schedules[drawn])
         pixel_values, taught = self.lessons.batch(indices, draw.randrange(len(VIEWS)))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.rate_factor()
         self.optimizer.zero_grad()
         loss = self.loss(answer(self.model, pixel_values), taught)
-        loss.backward()
+        (self.weight(drawn) * loss).backward()
         nn.utils.clip_grad_norm_(self.average.parameters.values(), MAX_GRAD_NORM)
         self.optimizer.step()
+        # Shorter at first, so that little is left of the weights that it began with.
+        self.average.update_averages = get_ema_multi_avg_fn(min(EMA_DECAY, (1 + step) / (10 + step)))
         self.average.update()
         return loss.item()
+
+    def weight(self, drawn: int) -> float:
+        """Makes what each schedule lost at first count alike, so that the fastest one does not decide alone."""
+        first = [max(loss, 1e-9) for loss in self.progress.checks[0]["losses"]]
+        return sum(first) / len(first) / first[drawn]
 
     def rate_factor(self) -> float:
         """Rises over the warm-up, and falls as a cosine to 0."""
