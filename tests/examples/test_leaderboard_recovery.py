@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers import EXAMPLES, tiny_model
+from helpers import EXAMPLES, ROOT, tiny_model
 from image_files import picture
 
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
@@ -94,3 +94,10 @@ def test_each_speed_is_judged_on_the_other_half_against_the_model_without_poolin
     monkeypatch.setattr(model, "forward", None)
     monkeypatch.setattr(unpooled, "forward", None)
     run(*words)
+
+
+def test_the_published_table_is_that_of_the_raw_numbers():
+    results = ROOT / "docs" / "results"
+    published = read_json(results / "merging_recovery.json")
+    assert recovery.table(published["rows"]) in (results / "merging.md").read_text(encoding="utf-8")
+    assert published["half"] == "reporting" and published["num_photos"] == 650

@@ -362,7 +362,7 @@ def test_the_page_offers_the_speeds(made, photos):
 def test_what_is_exported_is_the_model_at_the_speed_that_is_asked_for(made):
     output_dir, record = made
     for speed, name in ((1.5, "1.5"), (None, "2")):
-        model, _ = export.load(str(output_dir), for_onnx=True, speed=speed)
+        model, *_ = export.load(str(output_dir), speed=speed)
         assert model.config.hvt_pool == record["speeds"][name]["hvt_pool"]
 
 
