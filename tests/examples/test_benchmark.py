@@ -143,7 +143,7 @@ def test_names_stand_for_the_models_that_they_say():
     plain, pooled = (count_macs_per_image(name, 224, "inference") for name in ("vit-ti", "hvt-ti-1"))
     assert plain / pooled == pytest.approx(1.95, abs=0.02)
     assert plain == count_macs_per_image("deit_tiny_patch16_224", 224, "inference")
-    assert plain / count_macs_per_image("merge-ti", 224, "inference") == pytest.approx(2.04, abs=0.02)
+    assert plain / count_macs_per_image("merge-ti", 224, "inference") == pytest.approx(2.10, abs=0.02)
     model = find_model("hvt-ti-1@hvt_pool=2,6@pool_mode=avg")(image_size=96, attention="eager")
     assert model.config.tokens_per_stage() == [36, 17, 8] and model.config.pool_mode == "avg"
     assert model.config._attn_implementation == "eager"
