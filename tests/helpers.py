@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification
+from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
 from hpool_vit.toolkit import command
 
 
@@ -80,3 +80,10 @@ def call_command(capsys, *args) -> subprocess.CompletedProcess:
         status = ended.code or 0
     printed = capsys.readouterr()
     return subprocess.CompletedProcess(words, status, printed.out, printed.err)
+
+
+def save_with_processor(folder: Path, model) -> Path:
+    """Saves a model and an image processor for it, and returns the folder."""
+    model.save_pretrained(folder)
+    HPoolViTImageProcessor.for_config(model.config).save_pretrained(folder)
+    return folder

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import save_with_processor, tiny_config, tiny_model
 from huggingface_hub.repocard import metadata_load
 from PIL import Image
 
@@ -82,8 +82,7 @@ def registry(tmp_path, monkeypatch):
 
 def save(folder: Path, **overrides):
     model = tiny_model(**{"num_hidden_layers": 2, "hvt_pool": [1], **overrides})
-    model.save_pretrained(folder)
-    HPoolViTImageProcessor.for_config(model.config).save_pretrained(folder)
+    save_with_processor(folder, model)
     return model
 
 

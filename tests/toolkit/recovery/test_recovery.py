@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import save_with_processor, tiny_config, tiny_model
 from image_files import write_folder
 
-from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
+from hpool_vit import HPoolViTForImageClassification
 from hpool_vit.toolkit import recover, speed_up
 from hpool_vit.toolkit.command import main
 from hpool_vit.toolkit.recovery import learning, lessons
@@ -27,12 +27,6 @@ POOLED = {
 }
 
 
-def save(folder: Path, model) -> Path:
-    model.save_pretrained(folder)
-    HPoolViTImageProcessor.for_config(model.config).save_pretrained(folder)
-    return folder
-
-
 def pooled(mode: str, **overrides):
     """The original with pooling: its weights, and stages without position embeddings worth mentioning."""
     model = HPoolViTForImageClassification(tiny_config(**POOLED[mode], **LABELS, **overrides)).eval()
@@ -47,7 +41,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("original") / "vit", tiny_model(hvt_pool=None, **LABELS))
+    return save_with_processor(tmp_path_factory.mktemp("original") / "vit", tiny_model(hvt_pool=None, **LABELS))
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +152,7 @@ def test_without_a_gain_on_images_held_back_the_weights_stay(original, photos, t
     expected = HPoolViTForImageClassification.from_pretrained(original).state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
     # `recover` writes nothing then.
-    student = save(tmp_path / "pooled", pooled("avg"))
+    student = save_with_processor(tmp_path / "pooled", pooled("avg"))
     words = [student, "--teacher", original, "--images", photos, "--effort", 40, "--num_images", 32]
     message = fail(capsys, "recover", *words, "--output_dir", tmp_path / "recovered")
     assert "--effort 40 brought nothing on" in message and "so nothing is written" in message
@@ -167,7 +161,7 @@ def test_without_a_gain_on_images_held_back_the_weights_stay(original, photos, t
 
 @pytest.mark.parametrize("mode", POOLED)
 def test_any_pooling_comes_closer_to_the_model_without(mode, original, photos, tmp_path):
-    student = save(tmp_path / "pooled", pooled(mode))
+    student = save_with_processor(tmp_path / "pooled", pooled(mode))
     record = recover(student, original, photos, tmp_path / "recovered", effort=24, num_images=32)
     [row] = record["schedules"].values()
     assert row["hvt_pool"] == [1, 3] and row["loss"] < 0.9 * row["before"]["loss"]
@@ -179,7 +173,7 @@ def test_any_pooling_comes_closer_to_the_model_without(mode, original, photos, t
 
 
 def test_the_command_writes_folder_record_and_card(original, photos, tmp_path, capsys):
-    student = save(tmp_path / "pooled", pooled("max"))
+    student = save_with_processor(tmp_path / "pooled", pooled("max"))
     words = [student, "--teacher", original, "--images", photos, "--effort", 16, "--num_images", 32]
     main(["recover", *map(str, [*words, "--output_dir", tmp_path / "recovered"])])
     printed = capsys.readouterr()
@@ -192,7 +186,7 @@ def test_the_command_writes_folder_record_and_card(original, photos, tmp_path, c
 
 
 def test_a_model_for_several_schedules_learns_for_all_of_them(original, photos, tmp_path):
-    student = save(tmp_path / "pooled", pooled("avg", hvt_pool_choices=[[1, 3], [2], None]))
+    student = save_with_processor(tmp_path / "pooled", pooled("avg", hvt_pool_choices=[[1, 3], [2], None]))
     record = recover(student, original, photos, tmp_path / "recovered", effort=24, num_images=32)
     assert list(record["schedules"]) == ["1,3", "2"]
     assert all(row["loss"] < row["before"]["loss"] for row in record["schedules"].values())
@@ -254,7 +248,7 @@ def test_a_full_disk_ends_it_in_one_line(original, photos, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(learning.torch, "save", full)
-    student = save(tmp_path / "pooled", pooled("avg"))
+    student = save_with_processor(tmp_path / "pooled", pooled("avg"))
     words = [student, "--teacher", original, "--images", photos, "--output_dir", tmp_path / "recovered"]
     message = fail(capsys, "recover", *words, "--effort", "4", "--num_images", "32")
     assert "recovery.pt cannot be written" in message and "goes on where it stopped" in message
@@ -262,7 +256,7 @@ def test_a_full_disk_ends_it_in_one_line(original, photos, tmp_path, monkeypatch
 
 
 def test_what_cannot_be_recovered_is_refused(original, photos, tmp_path, capsys):
-    student = save(tmp_path / "pooled", pooled("avg"))
+    student = save_with_processor(tmp_path / "pooled", pooled("avg"))
 
     def refused(model=student, teacher=original, images=photos, *words):
         given = [model, "--teacher", teacher, "--images", images, "--output_dir", tmp_path / "recovered"]
@@ -271,7 +265,7 @@ def test_what_cannot_be_recovered_is_refused(original, photos, tmp_path, capsys)
     assert "does not pool, so there is nothing to recover" in refused(original)
     assert "is not the folder or Hub id of an HPool-ViT" in refused(tmp_path)
     assert "was trained with avg pooling" in refused(student, student)
-    others = save(tmp_path / "others", tiny_model(hvt_pool=None, num_labels=5))
+    others = save_with_processor(tmp_path / "others", tiny_model(hvt_pool=None, num_labels=5))
     message = refused(student, others)
     assert f"--teacher {others} does not fit the model: labels 5 instead of 3" in message
     assert "--effort soon must be a time above 0" in refused(student, original, photos, "--effort", "soon")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_command, tiny_config, tiny_model
+from helpers import run_command, save_with_processor, tiny_config, tiny_model
 from image_files import BAD_FILES, picture, write_folder
 from PIL import Image
 from transformers import AutoModel, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
@@ -36,12 +36,6 @@ LABELS = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "label2id": {"ant": 0, "be
 QUICK = {"trials": 12, "num_images": 24}
 
 
-def save(folder: Path, model) -> Path:
-    model.save_pretrained(folder)
-    HPoolViTImageProcessor.for_config(model.config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("photos") / "insects", per_class=8)
@@ -49,7 +43,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("source") / "tiny", tiny_model(**MERGE, **LABELS))
+    return save_with_processor(tmp_path_factory.mktemp("source") / "tiny", tiny_model(**MERGE, **LABELS))
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +163,7 @@ def test_a_source_without_a_head_is_compared_by_its_features(photos, tmp_path):
 
 def test_a_merging_model_keeps_its_rule_and_dtype(photos, tmp_path):
     model = tiny_model(**{**MERGE, "proportional_attention": False}, **LABELS)
-    save(tmp_path / "half", model.to(torch.bfloat16))
+    save_with_processor(tmp_path / "half", model.to(torch.bfloat16))
     speed_up(tmp_path / "half", photos, tmp_path / "faster", faster=[1.5], **QUICK)
     made = HPoolViTForImageClassification.from_pretrained(tmp_path / "faster")
     assert made.dtype == torch.bfloat16 and not made.config.proportional_attention
@@ -177,7 +171,7 @@ def test_a_merging_model_keeps_its_rule_and_dtype(photos, tmp_path):
 
 
 def test_a_model_that_never_pooled_learns_to_merge(photos, tmp_path):
-    save(tmp_path / "plain", tiny_model(hvt_pool=None, **LABELS))
+    save_with_processor(tmp_path / "plain", tiny_model(hvt_pool=None, **LABELS))
     speed_up(tmp_path / "plain", photos, tmp_path / "faster", faster=[1.5], **QUICK)
     made = HPoolViTForImageClassification.from_pretrained(tmp_path / "faster")
     assert made.config.pool_mode == "merge" and made.config.proportional_attention
@@ -380,6 +374,6 @@ def test_an_exported_model_has_the_speed_that_is_asked_for(made, tmp_path):
 
 def test_a_model_that_segments_is_refused(photos, tmp_path, capsys):
     model = HPoolViTForSemanticSegmentation(tiny_config(**MERGE))
-    save(tmp_path / "masks", model)
+    save_with_processor(tmp_path / "masks", model)
     message = fail(capsys, tmp_path / "masks", "--images", photos, "--output_dir", tmp_path / "faster")
     assert "segments images" in message
