@@ -11,9 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import EXAMPLES, tiny_model
-
-from hpool_vit import HPoolViTImageProcessor
+from helpers import EXAMPLES, save_with_processor, tiny_model
 
 
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmark"), str(EXAMPLES / "research")]
@@ -49,6 +47,13 @@ def saved_folder(tmp_path_factory) -> Path:
     """A folder as `save_pretrained` of a model and of its image processor leaves it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-hpool-vit"
     model = tiny_model(id2label={0: "ant", 1: "bee", 2: "cat"}, label2id={"ant": 0, "bee": 1, "cat": 2})
-    model.save_pretrained(folder)
-    HPoolViTImageProcessor.for_config(model.config).save_pretrained(folder)
-    return folder
+    return save_with_processor(folder, model)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, one for all tests of a process: Playwright does not start twice in it."""
+    from chromium import open_browser  # only tests of pages have Playwright
+
+    with open_browser() as browser:
+        yield browser

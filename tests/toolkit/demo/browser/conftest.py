@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from chromium import TIMEOUT, open_browser
+from chromium import watched_page
 from helpers import tiny_model
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page
 
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
 from hpool_vit.toolkit.data.digits import load_digits_dataset
@@ -109,27 +109,16 @@ def app(digits_folder, saved_folder, tmp_path_factory) -> App:
         process.wait(30)
 
 
-@pytest.fixture(scope="session")
-def browser() -> Browser:
-    with open_browser() as browser:
-        yield browser
-
-
 @pytest.fixture
 def page(app, browser) -> Page:
     """The open page. After the test, checks that it asked no other machine for anything and logged no error."""
-    page = browser.new_page(viewport={"width": 1240, "height": 1000})
-    page.set_default_timeout(TIMEOUT)
-    expect.set_options(timeout=TIMEOUT)
-    hosts, errors = set(), []
-    page.on("request", lambda request: hosts.add(request.url.split("/")[2] if "//" in request.url else ""))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page, asked, errors = watched_page(browser, 1240, 1000)
     page.goto(app.url)
     page.get_by_role("heading", name="HPool-ViT").wait_for()
     page.locator("#latency").wait_for()
     yield page
     page.close()
+    hosts = {url.split("/")[2] if "//" in url else "" for url in asked}
     assert hosts <= {app.url.split("/")[2], ""}
     assert not errors
     assert "Traceback" not in app.read_log() and "OUTSIDE" not in app.read_log()

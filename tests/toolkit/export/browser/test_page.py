@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chromium import TIMEOUT, open_browser
+from chromium import watched_page
 from helpers import tiny_model
 from image_files import encoded, picture
 from PIL import Image
@@ -73,12 +73,6 @@ class Site:
 
 
 @pytest.fixture(scope="session")
-def browser():
-    with open_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="session")
 def make_site(tmp_path_factory):
     """Exports a model of `MODELS` and serves its page."""
     assert (runtime.cache_folder() / runtime.NAME).is_file(), "`make test-demo` downloads onnxruntime-web first"
@@ -120,13 +114,7 @@ def site(request, make_site) -> Site:
 @pytest.fixture
 def page(site, browser) -> Page:
     """The open page. After the test, checks that it asked no other machine for anything and logged no error."""
-    page = browser.new_page(viewport={"width": 1000, "height": 900})
-    page.set_default_timeout(TIMEOUT)
-    expect.set_options(timeout=TIMEOUT)
-    asked, complaints = set(), []
-    page.on("request", lambda request: asked.add(request.url))
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page, asked, complaints = watched_page(browser, 1000, 900)
     page.goto(site.url)
     wait_for_answer(page)
     yield page
