@@ -10,7 +10,7 @@ import typer
 from transformers import pipeline
 
 from ..shared.console import NotStartedError, needs, one_line, parse_value
-from ..shared.options import HvtPool, MergeRatio, Model, Speed
+from ..shared.options import Device, DisableTqdm, HvtPool, MergeRatio, Model, Speed
 from ..shared.saved_model import load_saved_classifier, load_saved_segmenter, segments
 
 
@@ -121,16 +121,14 @@ def command(
     batch_size: Annotated[int, typer.Option(help="Images per forward pass, in each process.")] = 16,
     num_workers: Annotated[int, typer.Option(help="Threads that read files ahead, in each process.")] = 4,
     timeout: Annotated[float, typer.Option(help="Seconds until an address must have sent everything.")] = 20,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, … Default: an accelerator if there is one.")
-    ] = None,
+    device: Device = None,
     hvt_pool: HvtPool = None,
     merge_ratio: MergeRatio = None,
     speed: Speed = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code in the model's folder. HPool-ViTs do not need it.")
     ] = False,
-    disable_tqdm: Annotated[bool, typer.Option(help="Show no progress bar.")] = False,
+    disable_tqdm: DisableTqdm = False,
 ) -> int:
     """
     Classify files, folders (at any depth) and web addresses, or segment them.

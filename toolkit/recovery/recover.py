@@ -16,12 +16,12 @@ from ..shared.console import hub_id, schedule_name
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.folders import counted
 from ..shared.measuring import format_table
-from ..shared.options import OutputDir
-from ..shared.saved_model import SavedModelError, load_saved_model
+from ..shared.options import Device, DisableTqdm, OutputDir, UnlabelledImages
+from ..shared.saved_model import SavedModelError
 from ..speed.costs import MacsCost, set_schedule
 from ..speed.evaluation import Evaluator, rounded
-from ..speed.inputs import ENOUGH_IMAGES, Photos, is_hpool_vit, load_model, load_photos, read_labels, read_pool
-from ..speed.report import describe_machine, differences_as_numbers, loss_name
+from ..speed.inputs import ENOUGH_IMAGES, Photos, is_hpool_vit, load_as_saved, load_model, load_photos, read_pool
+from ..speed.report import describe_images, describe_machine, differences_as_numbers, loss_name
 from ..speed.speed_up import BAR, Progress, choose_device
 from ..speed.trials import fingerprint
 from .effort import read_effort
@@ -85,7 +85,13 @@ def recover(
     photos = load_photos(images, image_processor, num_images, seed)
     pool = read_pool(photos, image_processor)
     schedules = schedules_of(student)
-    before = measure(student, original, photos, schedules, batch_size)
+    labels = photos.labels_held_back(student.config.id2label)
+    teacher_evaluator, evaluator = (
+        Evaluator(network, photos.held_back, batch_size, max_cache_bytes=0) for network in (original, student)
+    )
+    evaluator.compare_with(teacher_evaluator)
+    macs = MacsCost(original.config).unpooled
+    before = measure(evaluator, schedules, macs, labels)
     settings = {"model": fingerprint(student), "teacher": fingerprint(original), "images": photos.files, "seed": seed}
     file = output_dir.resolve().parent / f".{output_dir.name}.recover" / "recovery.pt"
     with tqdm(total=100, desc="recovering", unit="%", disable=not show_progress, bar_format=BAR) as bar:
@@ -96,20 +102,18 @@ def recover(
             f"`effort={effort}` brought nothing on {counted(result['held_back'], 'image')} held back, so nothing is "
             "written. Give it more time or more images."
         )
-    after = measure(student, original, photos, schedules, batch_size)
+    after = measure(evaluator, schedules, macs, labels)
     record = {
         "model": str(model),
         "teacher": str(teacher),
         "loss": "kl" if student.config.num_labels else "cosine",
         "seed": seed,
-        "images": {
-            "folder": photos.folder,
-            "found": photos.num_found,
-            "held_back": len(photos.files) - photos.num_searched,
-            "skipped": photos.bad_images.of_kind("skipped"),
-        },
+        "images": describe_images(photos),
         "machine": describe_machine(student.device),
-        "unpooled": after.pop("unpooled"),
+        "unpooled": {
+            "macs": macs,
+            **differences_as_numbers(teacher_evaluator.evaluate({"hvt_pool": None}), labels),
+        },
         "schedules": {name: {**row, "before": numbers_of(before[name])} for name, row in after.items()},
         "recovery": result,
         "seconds": rounded(time.monotonic() - start),
@@ -130,9 +134,7 @@ def load_student(name: str) -> tuple[nn.Module, Any, list[str]]:
     """
     if not is_hpool_vit(name):
         raise SavedModelError(f"{name} is not the folder or Hub id of an HPool-ViT: run `hpool-vit convert` first.")
-    model, image_processor, notes, new = load_saved_model(name)
-    if new and all(weight.startswith("classifier.") for weight in new):  # saved without a head
-        model, image_processor, notes, new = load_saved_model(name, num_labels=0)
+    model, image_processor, notes, new = load_as_saved(name)
     if new:
         raise SavedModelError(f"{name} has no weights for {new[0]}: it is incomplete.")
     if not schedules_of(model):
@@ -172,24 +174,18 @@ def check_pair(student: nn.Module, processor: Any, teacher: nn.Module, their_pro
 
 
 def measure(
-    model: nn.Module, original: nn.Module, photos: Photos, schedules: dict[str, dict[str, Any]], batch_size: int
+    evaluator: Evaluator, schedules: dict[str, dict[str, Any]], unpooled_macs: int, labels: torch.Tensor | None
 ) -> dict[str, dict[str, Any]]:
-    """How far each schedule is from the original on the images held back; `unpooled` is the original itself."""
-    held_back = photos.pixel_values[photos.num_searched :]
-    labels = read_labels(photos.files[photos.num_searched :], photos.folder, model.config.id2label)
-    teacher = Evaluator(original, held_back, batch_size, max_cache_bytes=0)
-    evaluator = Evaluator(model, held_back, batch_size, max_cache_bytes=0)
-    evaluator.compare_with(teacher)
-    unpooled = MacsCost(original.config).unpooled
-    rows = {"unpooled": {"macs": unpooled, **differences_as_numbers(teacher.evaluate({"hvt_pool": None}), labels)}}
+    """What each schedule costs, and how far it is from the original on the images held back."""
+    rows = {}
     for name, fields in schedules.items():
-        config = model.config.with_schedule(**fields)
+        config = evaluator.model.config.with_schedule(**fields)
         macs = model_stats(config)["macs"]
         rows[name] = {
             **fields,
             "tokens_per_stage": config.tokens_per_stage(),
             "macs": macs,
-            "times_fewer_macs": rounded(unpooled / macs),
+            "times_fewer_macs": rounded(unpooled_macs / macs),
             **differences_as_numbers(evaluator.evaluate(fields), labels),
         }
     return rows
@@ -260,9 +256,7 @@ def command(
     teacher: Annotated[
         str, typer.Option(metavar="MODEL", help="The model without pooling: a saved folder, a file or a Hub id.")
     ],
-    images: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Images like those that the model is for. They need no labels.")
-    ],
+    images: UnlabelledImages,
     output_dir: OutputDir,
     effort: Annotated[
         str, typer.Option(metavar="TIME|EPOCHS", help="How long to learn: 90s, 20m, 1h, or 10 for 10 epochs.")
@@ -271,11 +265,9 @@ def command(
         int, typer.Option(help="Half of so many random images are for the report; all others teach.")
     ] = ENOUGH_IMAGES,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass of the report.")] = 16,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, … Default: an accelerator if there is one.")
-    ] = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Decides which images are used, and their order.")] = 0,
-    disable_tqdm: Annotated[bool, typer.Option(help="Show no progress bar.")] = False,
+    disable_tqdm: DisableTqdm = False,
 ) -> None:
     """
     Recover what pooling costs a trained model, without labels.

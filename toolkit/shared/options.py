@@ -33,6 +33,11 @@ Speed = Annotated[
     float | None,
     typer.Option(metavar="NUMBER", help="A speed that `hpool-vit speed-up` found for the model; 1: no pooling."),
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, … Default: an accelerator if there is one.")]
+DisableTqdm = Annotated[bool, typer.Option(help="Show no progress bar.")]
+UnlabelledImages = Annotated[
+    Path, typer.Option(metavar="FOLDER", help="Images like those that the model is for. They need no labels.")
+]
 ImageSize = Annotated[str | None, image_size_option("the model's own")]
 
 

@@ -82,10 +82,7 @@ def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:
             "merges."
         )
     overrides = MERGING if config.pool_mode != "merge" else {}
-    model, image_processor, notes, new = load_saved_model(name, **overrides)
-    if new and all(weight.startswith("classifier.") for weight in new):
-        # Saved without a head.
-        model, image_processor, notes, new = load_saved_model(name, num_labels=0, **overrides)
+    model, image_processor, notes, new = load_as_saved(name, **overrides)
     if model.config.num_labels:
         check_weights(name, model, new)
     elif new:
@@ -93,6 +90,15 @@ def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:
     model.config.change_schedule(None)
     model.config.hvt_pool_choices = model.config.speeds = None
     return model, image_processor, notes
+
+
+def load_as_saved(name: str, **overrides: Any) -> tuple[nn.Module, Any, list[str], list[str]]:
+    """What [`load_saved_model`] returns, without a head if the folder has none."""
+    loaded = load_saved_model(name, **overrides)
+    new = loaded[-1]
+    if new and all(weight.startswith("classifier.") for weight in new):
+        return load_saved_model(name, num_labels=0, **overrides)
+    return loaded
 
 
 def check_answers(name: str, model: nn.Module) -> None:
@@ -128,6 +134,15 @@ class Photos:
     def num_searched(self) -> int:
         """The first images are for the search; the others are held back for the report."""
         return (len(self.files) + 1) // 2
+
+    @property
+    def held_back(self) -> torch.Tensor:
+        """The `pixel_values` of the images held back."""
+        return self.pixel_values[self.num_searched :]
+
+    def labels_held_back(self, id2label: dict[int, str]) -> torch.Tensor | None:
+        """The class of each image held back; None unless the names of the folders say it of all."""
+        return read_labels(self.files[self.num_searched :], self.folder, id2label)
 
 
 def load_photos(folder: str | Path, image_processor: Any, num_images: int, seed: int = 0) -> Photos:

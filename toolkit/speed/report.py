@@ -15,7 +15,7 @@ from ..shared.folders import counted
 from ..shared.measuring import format_table
 from .costs import MacsCost, seconds_per_image
 from .evaluation import Differences, Evaluator, rounded
-from .inputs import Photos, read_labels
+from .inputs import Photos
 from .schedules import Schedule, schedule_fields
 from .search import Search
 
@@ -49,11 +49,10 @@ def measure(
         `unpooled` and `speeds`: for each its cost, how fast it is, and how far its answers are from those without
         pooling.
     """
-    held_back = photos.pixel_values[photos.num_searched :]
-    evaluator = Evaluator(model, held_back, batch_size)
-    labels = read_labels(photos.files[photos.num_searched :], photos.folder, model.config.id2label)
+    evaluator = Evaluator(model, photos.held_back, batch_size)
+    labels = photos.labels_held_back(model.config.id2label)
     schedules = [(), *chosen.values()]
-    batch = held_back[:batch_size].to(model.device, model.dtype)
+    batch = photos.held_back[:batch_size].to(model.device, model.dtype)
     seconds = seconds_per_image(model, batch, schedules)
     rows = []
     for schedule, time in zip(schedules, seconds, strict=True):
@@ -77,10 +76,9 @@ def measure_recovered(
     Replaces in a record what was measured before a recovery. Losses then are the differences of the recovered weights,
     also without pooling, from the original without pooling.
     """
-    held_back = photos.pixel_values[photos.num_searched :]
-    labels = read_labels(photos.files[photos.num_searched :], photos.folder, model.config.id2label)
-    evaluator = Evaluator(model, held_back, batch_size, max_cache_bytes=0)
-    evaluator.compare_with(Evaluator(original, held_back, batch_size, max_cache_bytes=0))
+    labels = photos.labels_held_back(model.config.id2label)
+    evaluator = Evaluator(model, photos.held_back, batch_size, max_cache_bytes=0)
+    evaluator.compare_with(Evaluator(original, photos.held_back, batch_size, max_cache_bytes=0))
     for row in (record["unpooled"], *record["speeds"].values()):
         fields = {name: row[name] for name in ("hvt_pool", "merge_ratio") if name in row}
         numbers = differences_as_numbers(evaluator.evaluate(fields), labels)
@@ -115,6 +113,15 @@ def describe_search(search: Search, cost: Any, macs: MacsCost) -> list[dict[str,
         }
         described.append(row | ({} if tried.agreement is None else {"agreement": rounded(tried.agreement)}))
     return described
+
+
+def describe_images(photos: Photos) -> dict[str, Any]:
+    return {
+        "folder": photos.folder,
+        "found": photos.num_found,
+        "held_back": len(photos.held_back),
+        "skipped": photos.bad_images.of_kind("skipped"),
+    }
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -152,6 +159,7 @@ def table(record: dict[str, Any]) -> str:
     lines = []
     for name, row in rows.items():
         low, high = row["loss_interval"]
+        before = row.get("before_recovery", {})
         lines.append(
             [
                 name,
@@ -164,9 +172,8 @@ def table(record: dict[str, Any]) -> str:
                 f"{row['loss']:.4f} ({low:.4f}–{high:.4f})" if row["hvt_pool"] or is_recovered else "0",
                 *([f"{row['agreement']:.1%}"] if has_head else []),
                 *([f"{row['accuracy']:.1%}"] if has_labels else []),
-                *([f"{row['before_recovery']['loss']:.4f}"] if is_recovered and row["hvt_pool"] else []),
-                *(["0"] if is_recovered and not row["hvt_pool"] else []),
-                *([f"{row['before_recovery']['accuracy']:.1%}"] if is_recovered and has_labels else []),
+                *([f"{before['loss']:.4f}" if row["hvt_pool"] else "0"] if before else []),
+                *([f"{before['accuracy']:.1%}"] if before and has_labels else []),
             ]
         )
     return format_table(header, lines)

@@ -1,7 +1,6 @@
 """Make a trained model faster: a function for programs, and the command `hpool-vit speed-up`."""
 
 import copy
-import importlib
 import math
 import sys
 import time
@@ -20,13 +19,14 @@ from ..recovery.effort import Effort, read_effort
 from ..shared.console import needs, schedule_name
 from ..shared.figures import save_figure
 from ..shared.files import check_output_dir, folder_written_whole, read_json, write_json
-from ..shared.options import OutputDir
+from ..shared.options import Device, DisableTqdm, OutputDir, UnlabelledImages
 from .costs import MacsCost, TimeCost, seconds_per_image, set_schedule
 from .evaluation import Evaluator, rounded
 from .inputs import ENOUGH_IMAGES, Photos, load_model, load_photos, read_pool
 from .report import (
     PICTURE,
     RECORD,
+    describe_images,
     describe_machine,
     describe_search,
     measure_recovered,
@@ -136,7 +136,7 @@ def speed_up(
         "batch_size": batch_size,
         "seed": seed,
         "default": speeds[0],
-        "images": describe_images(photos),
+        "images": {**describe_images(photos), "searched": photos.num_searched},
         "machine": describe_machine(network.device),
         **measure_speeds(network, photos, macs, chosen, batch_size),
         "tried": describe_search(search, cost, macs),
@@ -165,7 +165,8 @@ def speed_up(
 
 def plan_recovery(recover: str | float) -> Effort:
     """The effort. Learning needs packages that a search does not; this says so before the search."""
-    importlib.import_module("..recovery.learning", __package__)
+    from ..recovery import learning  # noqa: F401
+
     return read_effort(recover)
 
 
@@ -299,16 +300,6 @@ def corrected(
     return found
 
 
-def describe_images(photos: Photos) -> dict[str, Any]:
-    return {
-        "folder": photos.folder,
-        "found": photos.num_found,
-        "searched": photos.num_searched,
-        "held_back": len(photos.files) - photos.num_searched,
-        "skipped": photos.bad_images.of_kind("skipped"),
-    }
-
-
 def offer(model: nn.Module, speeds: dict[float, dict[str, Any]]) -> None:
     """Writes the speeds into the configuration and chooses the first."""
     model.config.speeds = speeds
@@ -356,9 +347,7 @@ def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A trained ViT or HPool-ViT: a saved folder, a file or a Hub id.")
     ],
-    images: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Images like those that the model is for. They need no labels.")
-    ],
+    images: UnlabelledImages,
     output_dir: OutputDir,
     faster: Annotated[
         list[float], typer.Option(metavar="NUMBERS", help="How many times faster, one or several: 1.5 2 3.")
@@ -384,11 +373,9 @@ def command(
         int, typer.Option(help="How many images to use, random ones: half to search with, half to report on.")
     ] = ENOUGH_IMAGES,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 16,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, … Default: an accelerator if there is one.")
-    ] = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Decides which images are used, and the order of what is tried.")] = 0,
-    disable_tqdm: Annotated[bool, typer.Option(help="Show no progress bar.")] = False,
+    disable_tqdm: DisableTqdm = False,
 ) -> None:
     """
     Make a trained model faster, and choose where to merge its tokens on your own images.
