@@ -37,7 +37,7 @@ from meters import CudaMemory, in_fresh_process, open_energy_meter, short_reason
 from models import find_model, own_image_size
 from modes import TASKS, Row, Step, count_macs_per_image, export_onnx, parse_mode, prepare
 from report import Measurement, format_group, format_results, summarise, title
-from results import ResultsFile
+from results import ResultsFile, add_rerun_flags
 from roof import square_product
 
 from hpool_vit.toolkit.shared.console import run
@@ -275,9 +275,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="results of compare_runs.py: accuracies to plot against speed",
     )
     add("--short", action="store_true", help="four models, inference and training, three rounds: about two minutes")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue the unfinished run in OUTPUT.json")
-    again.add_argument("--overwrite", action="store_true", help="replace the results in OUTPUT.json")
+    add_rerun_flags(parser)
     if parser.parse_known_args(argv)[0].short:
         parser.set_defaults(**SHORT)
     return complete(parser.parse_args(argv))

@@ -109,6 +109,11 @@ class Row:
     def trains(self) -> bool:
         return self.task == "train"
 
+    @property
+    def file_stem(self) -> str:
+        """How the names of the model's files begin."""
+        return f"{self.model.replace('/', '_')}-{self.image_size}"
+
     def check(self):
         """Raises `Unavailable` if the mode alone shows that the row cannot run."""
         engine = self.mode.engine
@@ -218,7 +223,7 @@ def compiled(model: nn.Module, name: str) -> Callable:
 
 def compiled_ahead(row: Row, model: nn.Module, images: torch.Tensor, scratch: Path) -> Callable:
     """The model as AOTInductor compiles it for this batch size, loaded from its package."""
-    package = scratch / f"{row.model.replace('/', '_')}-{row.image_size}-{row.batch_size}-{row.mode.name}.pt2"
+    package = scratch / f"{row.file_stem}-{row.batch_size}-{row.mode.name}.pt2"
     if not package.exists():
         model.requires_grad_(False).to(row.mode.dtype)
         with torch.no_grad():
@@ -249,7 +254,7 @@ def export_onnx(row: Row, scratch: Path) -> Path:
     """The model's ONNX file in `scratch`, with a free batch size; written if it does not exist yet."""
     from hpool_vit.toolkit.export.export import FORMATS
 
-    name = f"{row.model.replace('/', '_')}-{row.image_size}"
+    name = row.file_stem
     file = scratch / f"{name}.onnx"
     if not file.exists():
         FORMATS["onnx"].check_packages()

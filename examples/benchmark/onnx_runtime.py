@@ -26,7 +26,7 @@ from benchmark import Group, describe_machine, positive
 from models import find_model, load_config, own_image_size, split_name
 from modes import Row, export_onnx, parse_mode, random_images
 from report import spread
-from results import ResultsFile
+from results import ResultsFile, add_rerun_flags
 
 from hpool_vit.toolkit.shared.console import needs, run
 from hpool_vit.toolkit.shared.measuring import format_table, quartiles
@@ -232,9 +232,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min_turn_seconds", type=float, default=0.2, help="how long a graph runs in each round (default: 0.2)")
     add("--output", type=Path, default=Path("outputs/onnx_runtime"), help="path of the files, without suffix")
     add("--short", action="store_true", help="two small models, one image at a time, three rounds")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue the unfinished run in OUTPUT.json")
-    again.add_argument("--overwrite", action="store_true", help="replace the results in OUTPUT.json")
+    add_rerun_flags(parser)
     if parser.parse_known_args(argv)[0].short:
         parser.set_defaults(**SHORT)
     args = parser.parse_args(argv)

@@ -12,6 +12,13 @@ from hpool_vit.toolkit.shared.files import write_json
 NO_SETTINGS = ("output", "accuracy", "resume", "overwrite", "short")
 
 
+def add_rerun_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--resume` and `--overwrite`, which say what becomes of results that there are already."""
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the unfinished run in OUTPUT.json")
+    again.add_argument("--overwrite", action="store_true", help="replace the results in OUTPUT.json")
+
+
 class ResultsFile:
     """
     `OUTPUT.json`, with `complete`, `settings`, `groups`, and the facts that `start` is given.

@@ -28,6 +28,7 @@ from hpool_vit.toolkit import convert
 from hpool_vit.toolkit.conversion.vit import convert_vit
 from hpool_vit.toolkit.shared.files import write_json
 from hpool_vit.toolkit.shared.measuring import count_macs, format_table
+from hpool_vit.toolkit.speed.costs import MacsCost
 
 
 # The short side of the photos, of which `load_photos` cuts out the middle 224 × 224.
@@ -56,8 +57,7 @@ class Judge:
         self.photos, self.batch_size, self.resume = photos, batch_size, resume
         self.reference = self.logits(unpooled, "unpooled")
         self.whole = self.answers(self.reference)
-        # The last block computes all tokens, as in the model's source.
-        self.macs = count_macs(unpooled.hpool_vit, normalize(photos.pixels[:1])) + unpooled.classifier.weight.numel()
+        self.macs = MacsCost(unpooled.config).unpooled
 
     def logits(self, model: nn.Module, name: str) -> torch.Tensor:
         kept = self.resume and self.resume / f"{name}.pt"
