@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,3 +99,9 @@ def test_a_folder_of_the_toolkit_says_what_it_offers(folder):
 )
 def test_imports_are_found_wherever_they_stand_and_under_their_full_name(source, package, names):
     assert list(imported_names(source, package)) == names
+
+
+def test_the_files_of_tests_have_distinct_names():
+    """Pytest imports them by name alone: of two files with one name, a process runs only the first."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, number in names.items() if number > 1] == []
