@@ -1,5 +1,6 @@
 """The page in Gradio: what it shows, and what happens when a visitor does something."""
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from .models import ServedModel
 
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "sans-serif"]
-# No links to other pages, and no history of calls, which would keep the images in the browser.
+# No links to other pages.
 LAUNCH = {
     "theme": gr.themes.Soft(primary_hue="teal", font=FONTS, font_mono=["ui-monospace", "Menlo", "monospace"]),
     "css": CSS,
@@ -28,10 +29,12 @@ LAUNCH = {
     "pwa": False,
     "mcp_server": False,
     "enable_monitoring": False,
-    "run_history": False,
     "footer_links": [],
     "quiet": True,
 }
+# A history of calls would keep the images in the browser. Before 6.24, Gradio has none.
+if "run_history" in inspect.signature(gr.Blocks.launch).parameters:
+    LAUNCH["run_history"] = False
 PLAIN_GALLERY = {"show_label": False, "allow_preview": False, "interactive": False, "visible": False, "buttons": []}
 
 
