@@ -8,8 +8,8 @@ Compare the speed, latency, memory, multiply-accumulates and energy of models, f
         --batch_sizes 1
 
 Models: presets, vit-ti, vit-s, vit-b, merge-ti, merge-s, timm's names, folders and Hub ids (see models.py).
-Modes: eager, sdpa, flex, flash, compile, compile-max-autotune, compile-reduce-overhead, bf16, channels_last, int8,
-onnx, onnx-int8 and roof, joined by + (see modes.py).
+Modes: eager, sdpa, flex, flash, compile, compile-max-autotune, compile-reduce-overhead, compile-freezing, aot, bf16,
+channels_last, int8, onnx, onnx-int8 and roof, joined by + (see modes.py).
 
 All models take turns in all modes in every round, so that a machine that slows down slows all of them. The report
 lists what cannot run, with the reason. The program writes OUTPUT.json after every combination of task, image size and
