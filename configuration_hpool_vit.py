@@ -276,7 +276,7 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the truncated normal that initialises weights and position embeddings.
         feature_pyramid_size (`int`, *optional*):
-            Of [`HPoolViTBackbone`]: a number makes its outputs a pyramid of four feature maps with so many channels
+            Of [`HPoolViTBackbone`]: a number makes its outputs a pyramid of four feature maps with that many channels
             and the strides 4, 8, 16 and 32 for patches of 16 (`p2` to `p5`, after ViTDet, arXiv 2203.16527).
         out_features, out_indices (`list[str]`, `list[int]`, *optional*):
             Of [`HPoolViTBackbone`]: the feature maps to return, `"stem"` or 0 for the embeddings and `"stage<n>"` or n
@@ -811,6 +811,9 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`speeds` has {speed}: {chosen}, which must have `hvt_pool`, and may have `merge_ratio`."
                 )
+            # Otherwise it would depend on the speed before.
+            if self.pool_mode == "merge" and chosen["hvt_pool"] and chosen.get("merge_ratio") is None:
+                raise ValueError(f"`speeds` has {speed}: {chosen}, which must have `merge_ratio` too.")
             try:
                 self.with_schedule(**chosen)._check_schedule()
             except ValueError as error:

@@ -138,23 +138,24 @@ class ImportanceRule(DistanceRule):
 
     def find_roots(self, tokens: torch.Tensor, weights: torch.Tensor, num_merged: int) -> torch.Tensor:
         tokens, roots = centred(tokens), own_roots(tokens)
-        sources, source_weights = tokens[:, 1::2], weights[:, 1::2]
-        stays = torch.ones_like(source_weights, dtype=torch.bool)
-        targets, among_sources = tokens[:, ::2], sources @ sources.transpose(1, 2)
-        products = Products(squares(sources), squares(targets), sources @ targets.transpose(1, 2), weights[:, ::2])
+        sources, targets, source_weights = tokens[:, 1::2], tokens[:, ::2], weights[:, 1::2]
+        joined_before = torch.zeros_like(source_weights, dtype=torch.bool)
+        distances = Distances(
+            squared_distances(sources, targets), squared_distances(sources, sources), weights[:, ::2]
+        )
         numbers = split_evenly(num_merged, self.num_rounds)
         for turn, number in enumerate(numbers, start=1):
             # (batch_size, num_sources, num_targets)
-            distances = products.source_squares.unsqueeze(2) + products.target_squares.unsqueeze(1)
-            distances = distances - 2 * products.between
-            losses = distances / (1 / source_weights.unsqueeze(2) + 1 / products.target_weights.unsqueeze(1))
+            losses = distances.to_targets / (
+                1 / source_weights.unsqueeze(2) + 1 / distances.target_weights.unsqueeze(1)
+            )
             loss, match = losses.min(-1)
-            joining = loss.masked_fill(~stays, torch.inf).topk(number, largest=False).indices
+            joining = loss.masked_fill(joined_before, torch.inf).topk(number, largest=False).indices
             joined = match.gather(1, joining)
-            stays, roots = stays.scatter(1, joining, False), redirect(roots, joining, joined)
+            roots = redirect(roots, joining, joined)
             if turn < len(numbers):
-                with_sources, moved_weights = rows(among_sources, joining), source_weights.gather(1, joining)
-                products = products.after(with_sources, moved_weights, joining, joined)
+                joined_before = joined_before.scatter(1, joining, True)
+                distances = distances.after(source_weights.gather(1, joining), joining, joined)
         return roots
 
     def weigh(self, sizes: torch.Tensor, log_importance: torch.Tensor | None) -> torch.Tensor:
@@ -184,33 +185,28 @@ class ImportanceRule(DistanceRule):
 MERGE_RULES = {"distance": DistanceRule, "importance": ImportanceRule}
 
 
-class Products(NamedTuple):
+class Distances(NamedTuple):
     """
-    What the distances of sources (the tokens at odd positions) and targets (those at even ones) follow from. A target
-    stands for the weighted mean of all that have joined it.
+    Squared distances of sources (the tokens at odd positions) from targets (those at even ones). A target stands for
+    the weighted mean of all that have joined it.
 
     Attributes:
-        source_squares (`torch.FloatTensor` of shape `(batch_size, num_sources)`): of each source with itself.
-        target_squares (`torch.FloatTensor` of shape `(batch_size, num_targets)`): of each target with itself.
-        between (`torch.FloatTensor` of shape `(batch_size, num_sources, num_targets)`): of sources and targets.
+        to_targets (`torch.FloatTensor` of shape `(batch_size, num_sources, num_targets)`): from each target.
+        to_sources (`torch.FloatTensor` of shape `(batch_size, num_sources, num_sources)`): from each source.
         target_weights (`torch.FloatTensor` of shape `(batch_size, num_targets)`): of the means.
     """
 
-    source_squares: torch.Tensor
-    target_squares: torch.Tensor
-    between: torch.Tensor
+    to_targets: torch.Tensor
+    to_sources: torch.Tensor
     target_weights: torch.Tensor
 
-    def after(
-        self, with_sources: torch.Tensor, weights: torch.Tensor, joining: torch.Tensor, joined: torch.Tensor
-    ) -> "Products":
+    def after(self, weights: torch.Tensor, joining: torch.Tensor, joined: torch.Tensor) -> "Distances":
         """
-        The products after a round. They are linear, so those of a mean follow from those of its members.
+        The distances after a round. Those from a mean follow from those from its members: their weighted mean, less
+        what the members are away from it on average (Steiner's theorem).
 
         Args:
-            with_sources (`torch.FloatTensor` of shape `(batch_size, number, num_sources)`): products of the sources
-                that join with all sources.
-            weights (`torch.FloatTensor` of shape `(batch_size, number)`): theirs.
+            weights (`torch.FloatTensor` of shape `(batch_size, number)`): of the sources that join.
             joining, joined (`torch.LongTensor` of shape `(batch_size, number)`): the numbers of the sources that join,
                 and of the target that each joins.
         """
@@ -219,11 +215,21 @@ class Products(NamedTuple):
         shares = (joined.unsqueeze(2) == targets) * weights.unsqueeze(2)
         total = self.target_weights + shares.sum(1)
         shares, kept = shares / total.unsqueeze(1), self.target_weights / total
-        between = torch.baddbmm(kept.unsqueeze(1) * self.between, with_sources.transpose(1, 2), shares)
-        # Of the new target with the old one, then with itself.
-        mixed = kept * self.target_squares + (shares * rows(self.between, joining)).sum(1)
-        target_squares = kept * mixed + (shares * rows(between, joining)).sum(1)
-        return Products(self.source_squares, target_squares, between, total)
+        of_targets = kept.unsqueeze(1) * self.to_targets
+        of_members = torch.baddbmm(of_targets, picked(self.to_sources, joining).transpose(1, 2), shares)
+        # Half of the mean distance between two members. The target is one of them.
+        spread = (shares * (picked(of_targets, joining) + picked(of_members, joining))).sum(1, keepdim=True) / 2
+        return Distances(of_members - spread, self.to_sources, total)
+
+
+def squared_distances(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    lengths = squares(tokens).unsqueeze(2) + squares(others).unsqueeze(1)
+    return torch.baddbmm(lengths, tokens, others.transpose(1, 2), alpha=-2)
+
+
+def picked(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The rows at positions of shape `(batch_size, number)`, if they are short."""
+    return table.gather(1, positions.unsqueeze(2).expand(-1, -1, table.shape[2]))
 
 
 def centred(tokens: torch.Tensor) -> torch.Tensor:

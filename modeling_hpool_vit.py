@@ -633,7 +633,7 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
     updateStochasticDepthRate = update_stochastic_depth_rate
 
-    def set_hvt_pool(self, hvt_pool: list[int] | None) -> None:
+    def set_hvt_pool(self, hvt_pool: list[int] | None, merge_ratio: float | list[float] | None = None) -> None:
         """
         Pools at other blocks from now on. All weights stay, including those of unused stages, and are saved: if you
         change back, you get the same logits. A new stage starts from the nearest one's position embeddings. It is
@@ -642,12 +642,13 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
         Args:
             hvt_pool (`list[int]`, *optional*): as in [`HPoolViTConfig`]; None: never.
+            merge_ratio (`float` or `list[float]`, *optional*):
+                As in [`HPoolViTConfig`]; None: as it is. A list that has another number of blocks needs a new one.
 
         Raises:
             ValueError: for a schedule that no model can be built with; nothing is changed then.
         """
-        self.config.change_schedule(hvt_pool)
-        self.add_stages()
+        self.change_schedule(hvt_pool=hvt_pool, merge_ratio=merge_ratio)
 
     def set_speed(self, speed: float) -> None:
         """
@@ -660,7 +661,11 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for a speed that the model does not offer; it lists those that it does.
         """
-        self.config.change_schedule(**self.config.fields_of_speed(speed))
+        self.change_schedule(**self.config.fields_of_speed(speed))
+
+    def change_schedule(self, **fields: Any) -> None:
+        """Gives the configuration these fields, as [`HPoolViTConfig.change_schedule`], and builds new stages."""
+        self.config.change_schedule(**fields)
         self.add_stages()
 
     def add_stages(self) -> None:
@@ -956,14 +961,7 @@ class HPoolViTFeaturePyramid(nn.Module):
 )
 class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
     def __init__(self, config: HPoolViTConfig):
-        if config.hvt_pool and not (config.pools_on_grid or POOLINGS[config.pool_mode].partitions):
-            raise ValueError(
-                f"`pool_mode={config.pool_mode!r}` with `pool_kernel_size={config.pool_kernel_size}` pools along the "
-                "row of tokens, which leaves no grid: use pairs such as `pool_kernel_size=(2, 2)` and "
-                "`pool_stride=(2, 2)`, `pool_mode='merge'`, or `hvt_pool=None`."
-            )
-        if config.feature_pyramid_size and config.hvt_pool and config.pools_on_grid:
-            raise ValueError("`feature_pyramid_size` needs a map of every patch: merge, or do not pool.")
+        self.check_maps(config)
         if config.out_indices is None:
             self.choose_outputs(config)
         super().__init__(config)
@@ -998,6 +996,22 @@ class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
     def add_stages(self) -> None:
         super().add_stages()
         self.freeze_unread_blocks()
+
+    def change_schedule(self, **fields: Any) -> None:
+        self.check_maps(self.config.with_schedule(**fields))
+        super().change_schedule(**fields)
+
+    @staticmethod
+    def check_maps(config: HPoolViTConfig) -> None:
+        """Raises a `ValueError` if pooling leaves no map, or one that is too small for the pyramid."""
+        if config.hvt_pool and not (config.pools_on_grid or POOLINGS[config.pool_mode].partitions):
+            raise ValueError(
+                f"`pool_mode={config.pool_mode!r}` with `pool_kernel_size={config.pool_kernel_size}` pools along the "
+                "row of tokens, which leaves no grid: use pairs such as `pool_kernel_size=(2, 2)` and "
+                "`pool_stride=(2, 2)`, `pool_mode='merge'`, or `hvt_pool=None`."
+            )
+        if config.feature_pyramid_size and config.hvt_pool and config.pools_on_grid:
+            raise ValueError("`feature_pyramid_size` needs a map of every patch: merge, or do not pool.")
 
     @staticmethod
     def choose_outputs(config: HPoolViTConfig) -> None:

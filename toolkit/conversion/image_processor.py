@@ -27,7 +27,7 @@ def read_image_processor(
         name_or_path: the folder or repository.
         usual: attributes that all models of the source's type have, for a folder that does not say; None: unknown.
         image_size: the size of the source's images.
-        notes: where is said what was assumed.
+        notes: where to note what was assumed.
 
     Returns:
         The attributes, or None if they are unknown.

@@ -66,10 +66,15 @@ class MaskedImages:
         return image, mask
 
     def decode_mask(self, data: bytes) -> Image.Image:
-        with Image.open(io.BytesIO(data)) as file:
-            if file.mode not in MASK_MODES:
-                raise DataError(f"its mask has colours ({file.mode}), and a pixel must be the number of a class")
-            pixels = np.array(file).astype(np.int64)
+        try:
+            with Image.open(io.BytesIO(data)) as file:
+                mode, pixels = file.mode, np.array(file)
+        # Pillow raises many kinds of errors for damaged files.
+        except Exception as error:
+            raise DataError(f"its mask is unreadable: {error}") from error
+        if mode not in MASK_MODES:
+            raise DataError(f"its mask has colours ({mode}), and a pixel must be the number of a class")
+        pixels = pixels.astype(np.int64)
         pixels[np.isin(pixels, self.ignored)] = IGNORED_LABEL
         if wrong := sorted(set(np.unique(pixels).tolist()) - {IGNORED_LABEL} - set(range(self.num_labels))):
             raise DataError(
@@ -109,11 +114,19 @@ def load_masked_images(
     return MaskedImages(rows, source, len(class_names), ignored)
 
 
+def files_by_stem(folder: str) -> dict[str, str]:
+    """The images below a folder by their paths without endings."""
+    files: dict[str, str] = {}
+    for file in list_images(folder).files:
+        stem = os.path.splitext(os.path.relpath(file, folder))[0]
+        if stem in files:
+            raise DataError(f"{folder} has {files[stem]} and {file}, which differ in their endings alone: rename one.")
+        files[stem] = file
+    return files
+
+
 def open_folder(folder: str) -> list[dict[str, Any]]:
-    images, masks = (
-        {os.path.splitext(os.path.relpath(file, part))[0]: file for file in list_images(part).files}
-        for part in (os.path.join(folder, name) for name in ("images", "masks"))
-    )
+    images, masks = (files_by_stem(os.path.join(folder, name)) for name in ("images", "masks"))
     if not images or not masks:
         raise DataError(f"{folder} needs the folders `images` and `masks`, with files of the same names in them.")
     if alone := sorted(images.keys() ^ masks.keys()):

@@ -48,6 +48,11 @@ class Int8Options:
         """Raises an `ExportError` for options that do not go together."""
         if self.method == "static" and not self.calibration_dir:
             raise ExportError("`int8=static` needs `calibration_dir`, a folder of images like those to classify.")
+        for name in ("num_calibration_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ExportError(f"`{name}={getattr(self, name)}` must be at least 1.")
+        if self.num_threads < 0:
+            raise ExportError(f"`num_threads={self.num_threads}` must be at least 1, or 0 for all cores.")
         for name in ("eval_dir", "calibration_dir"):
             path = getattr(self, name)
             if path and not self.method:

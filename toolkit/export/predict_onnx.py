@@ -212,9 +212,11 @@ def preprocess(image: Image.Image, config: dict) -> np.ndarray:
 
 def for_image_size(config: dict, size: int) -> dict:
     """`config` for square images of `size` pixels. The crop keeps its share of the image."""
-    share = max(config["crop_size"].values()) / config["size"]["shortest_edge"] if config.get("do_center_crop") else 1
     square = {"height": size, "width": size}
-    resize = {"shortest_edge": round(size / share)} if "shortest_edge" in config["size"] else square
+    if not config.get("do_center_crop"):
+        return {**config, "do_resize": True, "size": square}
+    scale = size / max(config["crop_size"].values())
+    resize = {name: round(pixels * scale) for name, pixels in config["size"].items()}
     return {**config, "do_resize": True, "size": resize, "crop_size": square}
 
 

@@ -17,7 +17,7 @@ from ..shared.saved_model import load_saved_classifier, load_saved_segmenter, se
 with needs("predict"):
     from .classify import Predictions
     from .masks import Segmentations, Segmenter, mask_paths
-    from .processes import choose_device, find_files
+    from .processes import choose_processes, find_files
     from .writing import check_not_overwritten, check_targets, choose_format, write_predictions
 
 
@@ -72,7 +72,7 @@ def predict(
             raise ValueError(f"`{name}={value}` must be at least 1.")
     if not timeout > 0:
         raise ValueError(f"`timeout={timeout}` must be more than 0 seconds.")
-    state, torch_device = choose_device(device)
+    state, torch_device = choose_processes(device)
     files, notes = find_files(images, state)
     is_segmenter = segments(model, trust_remote_code=trust_remote_code)
     if is_segmenter and masks is None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..shared.console import needs
+from ..shared.devices import choose_device
 from .inputs import list_inputs
 
 
@@ -14,24 +15,14 @@ with needs("predict"):
     from accelerate.utils import broadcast_object_list
 
 
-def choose_device(name: str | None) -> tuple[PartialState, torch.device]:
+def choose_processes(name: str | None) -> tuple[PartialState, torch.device]:
     """The processes, and the device of this one."""
-    device = None if name is None else check_device(name)
+    device = None if name is None else choose_device(name)
     on_cpu = device.type == "cpu" if device else not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu)
     # `cuda` without a number is another device in each process.
     one_each = device is None or device == torch.device(state.device.type)
     return state, state.device if one_each else device
-
-
-def check_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    # PyTorch without CUDA raises an AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device={name}` cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def find_files(images: Iterable[str], state: PartialState) -> tuple[list[str], list[str]]:

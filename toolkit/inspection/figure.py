@@ -1,5 +1,7 @@
 """Draws what an HPool-ViT makes of the patches of an image. The figures do without pyplot, so threads can draw."""
 
+import math
+
 import matplotlib
 import numpy as np
 import torch
@@ -245,10 +247,10 @@ def _draw_keys(figure, left, top, scales, mode):
 
 
 def _draw_chart(figure: Figure, top: float, trace: PoolingTrace, config: HPoolViTConfig):
-    tokens, num_patches = trace.tokens_per_block, trace.rollout.shape[1]
+    tokens, num_patches = trace.tokens_per_block, math.prod(trace.grid)
     schedule = [stage.block for stage in trace.stages[1:]]
-    macs = block_macs(config.with_schedule(schedule), num_patches)
-    unpooled = block_macs(config.with_schedule(None), num_patches)
+    macs = block_macs(config.with_schedule(schedule), trace.grid)
+    unpooled = block_macs(config.with_schedule(None), trace.grid)
     saved = f", {sum(unpooled) / sum(macs):.1f}× fewer" if schedule else ""
     unit, name = (1e9, "G") if max(unpooled) >= 1e9 else (1e6, "M")
     width = (figure.get_figwidth() - 2 * MARGIN - 0.9) / 2

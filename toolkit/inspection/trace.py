@@ -156,14 +156,18 @@ def trace_pooling(
     )
 
 
-def block_macs(config: HPoolViTConfig, num_patches: int | None = None, pooled_only: bool = True) -> list[int]:
+def block_macs(
+    config: HPoolViTConfig, num_patches: int | tuple[int, int] | None = None, pooled_only: bool = True
+) -> list[int]:
     """
     The multiply-accumulates of each block for one image: matrix products, as [`model_stats`] counts them. Merging
     counts towards the block at whose input it happens.
 
     Args:
         config (`HPoolViTConfig`): the configuration.
-        num_patches (`int`, *optional*): the number of patches of the image. Default: that of `config.image_size`.
+        num_patches (`int` or `tuple[int, int]`, *optional*):
+            The number of patches of the image, or their rows and columns, which pooling on the grid needs. Default:
+            those of `config.image_size`.
         pooled_only (`bool`, defaults to `True`):
             Whether the last block computes only what the pooled output comes from, as it does in a classifier.
 

@@ -119,7 +119,7 @@ def write_tensors(trace: PoolingTrace, config: HPoolViTConfig, names: list[str],
         names (`list[str]`): the names of the images.
         path (`str`): the file to write.
     """
-    macs = torch.tensor(block_macs(config, trace.rollout.shape[1]))
+    macs = torch.tensor(block_macs(config, trace.grid))
     metadata = {"images": names, "pool_mode": config.pool_mode, "hvt_pool": config.hvt_pool or []}
     with written_whole(Path(path)) as part:
         save_file(

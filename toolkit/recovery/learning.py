@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from hpool_vit.pooling_hpool_vit import POOLINGS
+
 from ..shared.console import needs, one_line
 from ..shared.files import written_whole
 from ..speed.costs import set_schedule
@@ -25,15 +27,15 @@ with needs("train"):
     from ..training.optimization import WeightAverage, parameter_groups
 
 
-# Of the head, by pool mode. Windows take a trained model further from its answers than merging does.
-LEARNING_RATES = {"merge": 5e-5, "max": 3e-4, "avg": 3e-4}
+# Of the head. Windows take a trained model further from its answers than merging does.
+MERGING_RATE, WINDOWS_RATE = 5e-5, 3e-4
 LAYER_DECAY = 0.85
 BATCH_SIZE = 32
 WARMUP = 0.05
 MAX_GRAD_NORM = 1.0
 # Of the moving average of the weights. It is what is judged and kept.
 EMA_DECAY = 0.98
-# 1 − cosine of the pooled outputs counts as much as so many nats.
+# 1 − cosine of the pooled outputs counts as much as this many nats.
 FEATURE_WEIGHT = 2.0
 # How often the images that are held back are looked at, at most. So many times in a row without a gain are the end.
 NUM_CHECKS, PATIENCE = 20, 10
@@ -63,7 +65,7 @@ class Result:
 
 
 @dataclass
-class Progress:
+class RecoveryState:
     """What a killed recovery needs to go on, besides weights."""
 
     step: int = 0
@@ -100,12 +102,13 @@ class Recovery:
         self.has_head = model.config.num_labels > 0
         for fields in schedules:  # builds all stages, whose position embeddings learn too
             set_schedule(model, fields)
-        groups = parameter_groups(model, LEARNING_RATES[model.config.pool_mode], 0.0, LAYER_DECAY)
+        rate = MERGING_RATE if POOLINGS[model.config.pool_mode].partitions else WINDOWS_RATE
+        groups = parameter_groups(model, rate, 0.0, LAYER_DECAY)
         self.optimizer = torch.optim.AdamW(groups)
         self.rates = [group["lr"] for group in groups]
         self.average = WeightAverage(model, EMA_DECAY)
         self.steps_per_epoch = math.ceil(len(lessons) / BATCH_SIZE)
-        self.progress = Progress()
+        self.progress, self.clock = RecoveryState(), time.monotonic()
         self.kept: dict[str, torch.Tensor] = {}
 
     @property
@@ -132,16 +135,16 @@ class Recovery:
         Raises:
             OSError: if `file` cannot be written.
         """
+        self.clock = time.monotonic()
         start = {name: weight.detach().clone() for name, weight in self.average.parameters.items()}
         made = json.dumps(made_with, default=str)
         if not self.resume(file, made):
             self.progress.checks.append(self.describe(self.losses()))
-        ended, clock = "the time was up" if self.effort.seconds else "all epochs were done", time.monotonic()
+        ended = "the time was up" if self.effort.seconds else "all epochs were done"
         while self.share < 1:
             loss = self.learn()
             self.progress.step += 1
-            self.progress.seconds += time.monotonic() - clock
-            clock = time.monotonic()
+            self.count_time()
             on_progress(self.share)
             if not math.isfinite(loss):
                 ended = "the loss was not finite"
@@ -149,12 +152,11 @@ class Recovery:
             if not self.is_check_due():
                 continue
             self.check()
-            self.progress.seconds += time.monotonic() - clock
+            self.count_time()
             if self.progress.bad_checks == PATIENCE:
                 ended = "the images held back showed no gain any more"
                 break
             self.save(file, made)
-            clock = time.monotonic()
         on_progress(1.0)
         is_kept = bool(self.kept)
         self.load(self.kept or start)
@@ -162,6 +164,10 @@ class Recovery:
         best = min(checks[1:], key=self.score, default=checks[0]) if is_kept else checks[0]
         seconds = rounded(self.progress.seconds)
         return Result(checks[0]["losses"], best["losses"], is_kept, ended, rounded(self.epochs), seconds, checks)
+
+    def count_time(self) -> None:
+        now = time.monotonic()
+        self.progress.seconds, self.clock = self.progress.seconds + now - self.clock, now
 
     def is_check_due(self) -> bool:
         """Whether enough has passed, but an epoch at least, since the images held back were looked at."""
@@ -273,7 +279,7 @@ class Recovery:
             return False
         if state["made_with"] != made:
             return False
-        self.progress = Progress(**state["progress"])
+        self.progress = RecoveryState(**state["progress"])
         self.load(state["weights"])
         self.average.load_state_dict(state["averages"])
         self.kept = state["kept"]

@@ -1,5 +1,6 @@
 """Recover what pooling costs a converted model: a function for programs, and the command `hpool-vit recover`."""
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,16 +14,17 @@ from tqdm import tqdm
 from ..hub.card import write_model_card
 from ..inspection.stats import format_macs, model_stats
 from ..shared.console import hub_id, schedule_name
+from ..shared.devices import choose_device
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.folders import counted
 from ..shared.measuring import format_table
 from ..shared.options import Device, DisableTqdm, OutputDir, UnlabelledImages
-from ..shared.saved_model import SavedModelError
+from ..shared.saved_model import SavedModelError, check_finite, segments
 from ..speed.costs import MacsCost, set_schedule
 from ..speed.evaluation import Evaluator, rounded
 from ..speed.inputs import ENOUGH_IMAGES, Photos, is_hpool_vit, load_as_saved, load_model, load_photos, read_pool
 from ..speed.report import describe_images, describe_machine, differences_as_numbers, loss_name
-from ..speed.speed_up import BAR, Progress, choose_device
+from ..speed.speed_up import BAR, Progress, check_at_least_one
 from ..speed.trials import fingerprint
 from .effort import read_effort
 from .learning import teach
@@ -75,6 +77,7 @@ def recover(
     """
     start = time.monotonic()
     output_dir, plan = Path(output_dir), read_effort(effort, "effort")
+    check_at_least_one("batch_size", batch_size)
     check_output_dir(output_dir)
     student, image_processor, notes = load_student(str(model))
     original, their_processor, _ = load_model(str(teacher))
@@ -99,8 +102,8 @@ def recover(
     if not result["is_kept"]:
         remove_place(file)
         raise ValueError(
-            f"`effort={effort}` brought nothing on {counted(result['held_back'], 'image')} held back, so nothing is "
-            "written. Give it more time or more images."
+            f"`effort={effort}` brought nothing on {counted(result['held_back'], 'image')} held back until "
+            f"{result['ended']}, so nothing is written. Give it more time or more images."
         )
     after = measure(evaluator, schedules, macs, labels)
     record = {
@@ -130,13 +133,16 @@ def load_student(name: str) -> tuple[nn.Module, Any, list[str]]:
     An HPool-ViT that pools, its image processor, and notes.
 
     Raises:
-        SavedModelError: if it cannot be loaded or does not pool.
+        SavedModelError: if it cannot be loaded, does not pool, or segments images.
     """
     if not is_hpool_vit(name):
         raise SavedModelError(f"{name} is not the folder or Hub id of an HPool-ViT: run `hpool-vit convert` first.")
+    if segments(name):
+        raise SavedModelError(f"{name} segments images, and only the answers of classifiers and features are learned.")
     model, image_processor, notes, new = load_as_saved(name)
     if new:
         raise SavedModelError(f"{name} has no weights for {new[0]}: it is incomplete.")
+    check_finite(name, model)
     if not schedules_of(model):
         raise SavedModelError(f"{name} does not pool, so there is nothing to recover.")
     return model, image_processor, notes
@@ -196,9 +202,8 @@ def numbers_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def remove_place(file: Path) -> None:
-    file.unlink(missing_ok=True)
-    if file.parent.is_dir():
-        file.parent.rmdir()
+    # A killed run may have left an unfinished file in it.
+    shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -262,7 +267,7 @@ def command(
         str, typer.Option(metavar="TIME|EPOCHS", help="How long to learn: 90s, 20m, 1h, or 10 for 10 epochs.")
     ] = EFFORT,
     num_images: Annotated[
-        int, typer.Option(help="Half of so many random images are for the report; all others teach.")
+        int, typer.Option(help="Half of this many random images are for the report; all others teach.")
     ] = ENOUGH_IMAGES,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass of the report.")] = 16,
     device: Device = None,

@@ -155,6 +155,11 @@ def check_weights(name: str, model: nn.Module, new: list[str]) -> None:
         raise SavedModelError(
             f"{name} has no weights for {new[0]}{more}: it is incomplete, or not yet trained as a classifier."
         )
+    check_finite(name, model)
+
+
+def check_finite(name: str, model: nn.Module) -> None:
+    """Raises a `SavedModelError` for weights that are not finite."""
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise SavedModelError(

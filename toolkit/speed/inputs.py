@@ -20,7 +20,7 @@ from ..conversion.vit import POOLING_DEFAULTS
 from ..shared.console import hub_id, schedule_name
 from ..shared.folders import counted, escaped, list_images
 from ..shared.images import BadImageError, BadImages, decode_image, read_image
-from ..shared.saved_model import SavedModelError, check_weights, load_saved_model
+from ..shared.saved_model import SavedModelError, check_finite, check_weights, load_saved_model, segments
 
 
 # Half of them for the search and half for the report.
@@ -53,7 +53,7 @@ def load_model(name: str) -> tuple[nn.Module, Any, list[str]]:
             raise ConversionError(f"{name} cannot be sped up: {error}") from error
         # What the converter asks for, it must be asked.
         notes = [note.replace("pass `", "run `hpool-vit convert` first, with `") for note in report.notes]
-        check_answers(name, model)
+        check_finite(name, model)
     return model.eval(), image_processor, notes
 
 
@@ -72,7 +72,7 @@ def is_hpool_vit(name: str) -> bool:
 
 def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:
     config = HPoolViTConfig.from_pretrained(name)
-    if any("SemanticSegmentation" in architecture for architecture in config.architectures or []):
+    if segments(name):
         raise SavedModelError(f"{name} segments images: a search compares the answers of classifiers, and features.")
     pools = POOL_MODES[config.pool_mode].has_positions and config.hvt_pool
     if pools:
@@ -87,6 +87,8 @@ def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:
         check_weights(name, model, new)
     elif new:
         raise SavedModelError(f"{name} has no weights for {new[0]}: it is incomplete.")
+    else:
+        check_finite(name, model)
     model.config.change_schedule(None)
     model.config.hvt_pool_choices = model.config.speeds = None
     return model, image_processor, notes
@@ -99,12 +101,6 @@ def load_as_saved(name: str, **overrides: Any) -> tuple[nn.Module, Any, list[str
     if new and all(weight.startswith("classifier.") for weight in new):
         return load_saved_model(name, num_labels=0, **overrides)
     return loaded
-
-
-def check_answers(name: str, model: nn.Module) -> None:
-    for key, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise SavedModelError(f"{name} is damaged: the weights {key} are not finite.")
 
 
 @dataclass

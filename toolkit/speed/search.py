@@ -18,7 +18,7 @@ GROUP = 12
 SHARES = (0.3, 0.15, 0.07, 0.03)
 # A candidate gets more images if it is not worse than this times the best on the same images.
 TOLERANCE = 1.03
-# The gain on all images must be so many of its standard errors. Of many neighbours that are as good, some always look
+# The gain on all images must be this many of its standard errors. Of many neighbours that are as good, some always look
 # better on these images, and a search that followed them would fit the images and not the model.
 SURE = 2.0
 
@@ -130,6 +130,8 @@ class Search:
             return None
         order = random.Random(self.seed)
         started = [dict(schedule) for schedule in starts]
+        # The cheapest may have more stages than the others, and be alone in reaching the limit.
+        started.append(dict(fitter.cheapest))
         candidates = self.fitted(fitter, limit, [*started, *seeds(self.num_blocks, self.max_stages)])
         best = None
         try:

@@ -17,6 +17,7 @@ from ..command import PlainUsageCommand
 from ..inspection.stats import format_macs
 from ..recovery.effort import Effort, read_effort
 from ..shared.console import needs, schedule_name
+from ..shared.devices import choose_device
 from ..shared.figures import save_figure
 from ..shared.files import check_output_dir, folder_written_whole, read_json, write_json
 from ..shared.options import Device, DisableTqdm, OutputDir, UnlabelledImages
@@ -115,12 +116,16 @@ def speed_up(
     photos = load_photos(images, image_processor, num_images, seed)
     pool = None if effort is None else read_pool(photos, image_processor)
     macs = MacsCost(network.config)
-    check_reachable(speeds, "macs", macs, network) if measure == "macs" else None
+    if measure == "macs":
+        check_reachable(speeds, measure, macs, network)
     settings = {"model": fingerprint(network), "config": network.config.to_json_string(), "images": photos.files}
     settings |= {"measure": measure, "batch_size": batch_size, "seed": seed}
+    settings |= {"device": describe_machine(network.device)} if measure == "time" else {}
     log = TrialLog(working_place(output_dir) / "trials.jsonl", settings)
-    cost = macs if measure == "macs" else time_cost(network, photos, macs, log, batch_size)
-    check_reachable(speeds, measure, cost, network)
+    cost = macs
+    if measure == "time":
+        cost = time_cost(network, photos, macs, log, batch_size)
+        check_reachable(speeds, measure, cost, network)
     minutes = MINUTES if minutes is None and trials is None else minutes
     with tqdm(total=100, desc="searching", unit="%", disable=not show_progress, bar_format=BAR) as bar:
         budget = Budget(None if minutes is None else 60 * minutes, trials, Progress(bar))
@@ -214,21 +219,14 @@ def check_arguments(
     if minutes is not None and not 0 < minutes < math.inf:
         raise ValueError(f"`minutes={minutes}` must be more than 0.")
     for name, value in {"trials": trials, "batch_size": batch_size}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}={value}` must be at least 1.")
+        if value is not None:
+            check_at_least_one(name, value)
     return list(dict.fromkeys(speeds))
 
 
-def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    # PyTorch without CUDA raises an AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device={name}` cannot be used: {str(error).splitlines()[0]}") from error
-    return device
+def check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"`{name}={value}` must be at least 1.")
 
 
 def check_reachable(speeds: list[float], measure: str, cost: Any, model: nn.Module) -> None:
@@ -366,7 +364,7 @@ def command(
         str | None,
         typer.Option(
             metavar="TIME|EPOCHS",
-            help="Learn the original's answers so long, for all speeds together: 90s, 20m, 1h, or 10 for 10 epochs.",
+            help="Learn the original's answers for this long, for all speeds together: 90s, 20m, 1h, or 10 for 10 epochs.",
         ),
     ] = None,
     num_images: Annotated[

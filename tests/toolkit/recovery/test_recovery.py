@@ -48,7 +48,8 @@ def original(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def large_steps(monkeypatch):
     """So that a few steps on few images change something."""
-    monkeypatch.setattr(learning, "LEARNING_RATES", dict.fromkeys(learning.LEARNING_RATES, 5e-4))
+    for name in ("MERGING_RATE", "WINDOWS_RATE"):
+        monkeypatch.setattr(learning, name, 5e-4)
     monkeypatch.setattr(learning, "EMA_DECAY", 0.9)
     monkeypatch.setattr(learning, "BATCH_SIZE", 8)
 
@@ -139,7 +140,8 @@ def test_speeds_share_weights_that_are_closer_to_the_original(original, photos, 
 
 
 def test_without_a_gain_on_images_held_back_the_weights_stay(original, photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(learning, "LEARNING_RATES", {"merge": 0.0, "avg": 0.0})
+    for name in ("MERGING_RATE", "WINDOWS_RATE"):
+        monkeypatch.setattr(learning, name, 0.0)
     words = [original, "--images", photos, "--output_dir", tmp_path / "faster", "--trials", 3, "--recover", 40]
     main(["speed-up", *map(str, [*words, "--num_images", 32])])
     printed = capsys.readouterr()
