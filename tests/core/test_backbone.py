@@ -186,6 +186,21 @@ def test_windows_along_the_row_of_tokens_are_refused():
     assert backbone(hvt_pool=None).out_features == ["stage4"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({}, "leaves no grid"), (GRID | {"feature_pyramid_size": 24}, "needs a map of every patch")],
+    ids=["row", "pyramid"],
+)
+def test_a_new_schedule_is_refused_as_in_a_new_model_and_changes_nothing(fields, message, pixel_values):
+    model = backbone(**fields | {"hvt_pool": None, "speeds": {2.0: {"hvt_pool": [1]}}})
+    before = model(pixel_values).feature_maps
+    for change in (lambda: model.set_hvt_pool([1]), lambda: model.set_speed(2)):
+        with pytest.raises(ValueError, match=message):
+            change()
+    assert model.config.hvt_pool is None
+    assert all(map(torch.equal, model(pixel_values).feature_maps, before))
+
+
 def test_a_pyramid_of_a_pooled_grid_is_refused():
     with pytest.raises(ValueError, match="`feature_pyramid_size` needs a map of every patch"):
         backbone(**GRID, feature_pyramid_size=24)

@@ -69,6 +69,16 @@ class TestChangingTheSchedule:
             states = model(pixel_values, output_hidden_states=True).hidden_states
             assert [state.shape[1] - 1 for state in states] == lengths
 
+    def test_a_list_of_ratios_changes_with_the_blocks(self, pixel_values):
+        model = tiny_model(pool_mode="merge", hvt_pool=[1, 3], merge_ratio=[0.25, 0.5])
+        first = logits(model, pixel_values)
+        with pytest.raises(ValueError, match="give one number, or one per block"):
+            model.set_hvt_pool([2])
+        model.set_hvt_pool([2], merge_ratio=0.375)
+        assert model.config.tokens_per_stage() == [64, 40]
+        model.set_hvt_pool([1, 3], merge_ratio=[0.25, 0.5])
+        assert torch.equal(logits(model, pixel_values), first)
+
     def test_a_model_without_head_changes_too(self, pixel_values):
         model = tiny_model()
         model.hpool_vit.set_hvt_pool([2])

@@ -65,10 +65,11 @@ def test_a_pooled_model_has_the_stages_of_every_speed(tmp_path, pixel_values):
         ({1: {"hvt_pool": [1]}}, "`speeds` has 1.0, which must be a number above 1"),
         ({2: {"merge_ratio": 0.3}}, "must have `hvt_pool`"),
         ({2: {"hvt_pool": [1], "pool_mode": "max"}}, "must have `hvt_pool`, and may have `merge_ratio`"),
-        ({2: {"hvt_pool": [9]}}, "`speeds` has 2.0: `hvt_pool=[9]` names block 9"),
+        ({2: {"hvt_pool": [9], "merge_ratio": 0.3}}, "`speeds` has 2.0: `hvt_pool=[9]` names block 9"),
+        ({2: {"hvt_pool": [1]}}, "`speeds` has 2.0: {'hvt_pool': [1]}, which must have `merge_ratio` too"),
         ({2: {"hvt_pool": [1], "merge_ratio": 0.9}}, "`speeds` has 2.0: `merge_ratio=0.9`"),
     ],
-    ids=["text", "one", "no-schedule", "other-field", "no-block", "ratio"],
+    ids=["text", "one", "no-schedule", "other-field", "no-block", "no-ratio", "ratio"],
 )
 def test_speeds_that_no_model_can_have_are_refused(speeds, message):
     with pytest.raises(ValueError) as error:

@@ -78,7 +78,8 @@ def export_model(
 ) -> dict[str, Any]:
     """
     Exports a trained model to ONNX, which runs without PyTorch, to the format of `torch.export`, which runs without
-    this package and Transformers, or as a page that runs it in a browser. The folder also gets
+    this package and Transformers, compiled ahead of time for machines like this one, or as a page that runs it in a
+    browser. The folder also gets
     preprocessor_config.json, labels.json, export.json with what was measured and, for ONNX, predict_onnx.py. It
     appears only if the exported model gives the logits of PyTorch.
 
@@ -88,7 +89,7 @@ def export_model(
     Args:
         model (`str`): a saved folder, or an id on the Hub.
         output_dir (`str` or `Path`): a folder that does not exist yet, or is empty.
-        format (`str`): `"onnx"`, `"torch_export"` or `"web"`.
+        format (`str`): `"onnx"`, `"torch_export"`, `"aot"` or `"web"`.
         dynamic_image_size (`bool`): whether the exported model takes images of any multiple of the patch size. It
             takes any number of them in either case.
         speed (`float`, *optional*): one of the speeds that the model offers; 1: no pooling. Default: the model's own.
@@ -256,10 +257,10 @@ def command(
     model: Model,
     output_dir: OutputDir,
     format: Annotated[
-        Literal["onnx", "torch_export", "web"],
+        Literal["onnx", "torch_export", "aot", "web"],
         typer.Option(
-            help="ONNX runs without PyTorch; torch.export's format needs PyTorch alone; web is a page that runs the "
-            "model in a browser."
+            help="ONNX runs without PyTorch; torch.export's format needs PyTorch alone; aot is that compiled ahead of "
+            "time, for machines like this one; web is a page that runs the model in a browser."
         ),
     ] = "onnx",
     dynamic_image_size: Annotated[

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
@@ -25,7 +26,7 @@ class Format:
 
     Args:
         file_name: the model's name in the exported folder.
-        check_packages: raises an `ImportError` if packages are missing.
+        check_packages: raises an `ImportError` if packages are missing, or an `ExportError` for other needs.
         write: writes a traced model to a file.
         open: opens such a file as a function from images to logits.
         options: those options of `export_model` that not every format takes, and this one does.
@@ -118,15 +119,37 @@ def open_onnx(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda pixel_values: torch.from_numpy(predict(session, pixel_values.numpy()))
 
 
+# Both write to memory first: on a full disk PyTorch's own writer ends the whole process.
 def write_torch_export(program: ExportedProgram, file: Path) -> None:
-    # On a full disk PyTorch's own writer ends the whole process.
     archive = io.BytesIO()
     torch.export.save(program, archive)
     file.write_bytes(archive.getbuffer())
 
 
+def write_aot(program: ExportedProgram, file: Path) -> None:
+    archive = io.BytesIO()
+    torch._inductor.aoti_compile_and_package(program, package_path=archive)
+    file.write_bytes(archive.getbuffer())
+
+
 def open_torch_export(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return torch.export.load(file).module()
+
+
+def check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ExportError(
+            "`format=aot` needs a C++ compiler: install g++, or name another one in the environment variable CXX."
+        ) from error
+
+
+def open_aot(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch._inductor.aoti_load_package(str(file))
 
 
 def onnx_files(runtime: str | Path | None) -> dict[str, bytes]:
@@ -150,6 +173,14 @@ FORMATS = {
         check_packages=lambda: None,
         write=write_torch_export,
         open=open_torch_export,
+        options=frozenset({"dynamic_image_size"}),
+        takes_segmenters=True,
+    ),
+    "aot": Format(
+        file_name="model.pt2",
+        check_packages=check_compiler,
+        write=write_aot,
+        open=open_aot,
         options=frozenset({"dynamic_image_size"}),
         takes_segmenters=True,
     ),

@@ -18,8 +18,8 @@ GROUP = 12
 SHARES = (0.3, 0.15, 0.07, 0.03)
 # A candidate gets more images if it is not worse than this times the best on the same images.
 TOLERANCE = 1.03
-# The gain on all images must be this many of its standard errors. Of many neighbours that are as good, some always look
-# better on these images, and a search that followed them would fit the images and not the model.
+# The gain on all images must be this many of its standard errors. Of many neighbours that are as good, some always
+# look better on these images, and a search that followed them would fit the images and not the model.
 SURE = 2.0
 
 

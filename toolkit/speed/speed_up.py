@@ -364,7 +364,7 @@ def command(
         str | None,
         typer.Option(
             metavar="TIME|EPOCHS",
-            help="Learn the original's answers for this long, for all speeds together: 90s, 20m, 1h, or 10 for 10 epochs.",
+            help="Learn the original's answers for this long, for all speeds: 90s, 20m, 1h, or 10 for 10 epochs.",
         ),
     ] = None,
     num_images: Annotated[

@@ -72,6 +72,21 @@ class TestSources:
         with pytest.raises(DataError, match=message):
             images[0]
 
+    @pytest.mark.parametrize("keep", [0, 40, -30], ids=["empty", "header", "truncated"])
+    def test_a_damaged_mask_is_refused_by_the_images_name(self, tmp_path, keep):
+        folder = write_pairs(tmp_path, {"a": mask(0, 1)})
+        file = folder / "masks" / "a.png"
+        file.write_bytes(file.read_bytes()[:keep])
+        with pytest.raises(DataError, match=r"a\.jpg of .* cannot be used: its mask is unreadable"):
+            load_masked_images(str(folder), NAMES)[0]
+
+    @pytest.mark.parametrize("kind", ["images", "masks"])
+    def test_two_files_of_one_name_are_refused(self, tmp_path, kind):
+        folder = write_pairs(tmp_path, {"a": mask(0, 1)})
+        mask(0, 1).save(folder / kind / "a.bmp")
+        with pytest.raises(DataError, match=r"a\.\w+ and .*a\.\w+, which differ in their endings alone"):
+            load_masked_images(str(folder), NAMES)
+
     def test_missing_parts_are_refused(self, tmp_path):
         folder = write_pairs(tmp_path / "data", {"a": mask(0, 1), "b": mask(0, 1)})
         (folder / "masks" / "b.png").unlink()

@@ -148,6 +148,34 @@ def test_the_torch_export_model_runs_without_this_package_and_transformers(tmp_p
     torch.testing.assert_close(torch.load(files[2]), model(images).logits, atol=1e-4, rtol=0)
 
 
+# It compiles for seconds.
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["avg", "merge-importance"])
+def test_the_model_compiled_ahead_of_time_runs_without_this_package_and_transformers(variant, tmp_path):
+    model = save(tmp_path / "model", **VARIANTS[variant])
+    folder = export(tmp_path / "model", tmp_path / "aot", format="aot", dynamic_image_size=True)
+    images = [torch.randn(3, 3, *size) for size in ((32, 32), (24, 44), (48, 20))]
+    torch.save([*images, images[0][:1]], tmp_path / "images.pt")
+    program = tmp_path / "classify.py"
+    program.write_text(
+        "import sys, torch\n"
+        "model, images, output = sys.argv[1:]\n"
+        "model = torch._inductor.aoti_load_package(model)\n"
+        "torch.save([model(part) for part in torch.load(images)], output)\n"
+    )
+    files = (folder / "model.pt2", tmp_path / "images.pt", tmp_path / "logits.pt")
+    run_python(program, *files, hide=("transformers", "hpool_vit"), cwd=tmp_path)
+    for part, logits in zip(torch.load(files[1]), torch.load(files[2]), strict=True):
+        expected = model(part, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_without_a_compiler_compiling_ahead_is_refused_with_the_remedy(saved_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    message = refusal(capsys, saved_folder, "--output_dir", tmp_path / "out", "--format", "aot")
+    assert "--format aot needs a C++ compiler: install g++" in message
+
+
 def test_a_process_with_only_numpy_pillow_and_onnx_runtime_classifies(exported, saved_folder, photos):
     model = HPoolViTForImageClassification.from_pretrained(saved_folder)
     image_processor = HPoolViTImageProcessorPil.from_pretrained(saved_folder)
@@ -256,6 +284,9 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(saved_folder, pho
         ((good, *out, "--int8", "dynamic", "--format", "torch_export"), ("--int8 dynamic needs --format onnx",)),
         ((good, *out, "--int8", "static"), ("--calibration_dir",)),
         ((good, *out, "--eval_dir", photos), ("--eval_dir", "--int8")),
+        ((good, *out, "--int8", "dynamic", "--batch_size", 0), ("--batch_size 0", "at least 1")),
+        ((good, *out, "--num_calibration_images", 0), ("--num_calibration_images 0", "at least 1")),
+        ((good, *out, "--num_threads", -1), ("--num_threads -1", "0 for all cores")),
         ((good, *out, "--int8", "dynamic", "--eval_dir", tmp_path / "gone"), ("--eval_dir", "gone", "not a folder")),
         ((good, *out, "--int8", "dynamic", "--eval_dir", unknown), ("wasp", "ant, bee, cat")),
         ((good, *out, "--int8", "static", "--calibration_dir", tmp_path / "empty"), ("empty", "no images")),

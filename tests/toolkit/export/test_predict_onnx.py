@@ -162,3 +162,23 @@ def test_wrong_flags_are_refused_before_anything_is_read(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["predict_onnx.py", "a.png", "--model", str(tmp_path / "model.onnx"), *words])
         with pytest.raises(ValueError, match=message):
             predict_onnx.main()
+
+
+@pytest.mark.parametrize(
+    ("size", "resized"),
+    [
+        ({"shortest_edge": 256}, {"shortest_edge": 439}),
+        ({"height": 256, "width": 256}, {"height": 439, "width": 439}),
+        ({"height": 256, "width": 320}, {"height": 439, "width": 549}),
+    ],
+    ids=["short side", "square", "two sides"],
+)
+def test_another_image_size_keeps_the_share_that_is_cut_out(size, resized):
+    config = {"do_center_crop": True, "size": size, "crop_size": {"height": 224, "width": 224}}
+    changed = predict_onnx.for_image_size(config, 384)
+    assert changed["size"] == resized and changed["crop_size"] == {"height": 384, "width": 384}
+
+
+def test_without_a_crop_another_image_size_is_that_of_the_resized_image():
+    changed = predict_onnx.for_image_size({"size": {"shortest_edge": 32}}, 48)
+    assert changed["size"] == {"height": 48, "width": 48} and changed["do_resize"]

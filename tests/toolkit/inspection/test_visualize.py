@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import call_command, tiny_model
+from helpers import call_command, save_with_processor, tiny_model
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -216,6 +216,19 @@ class TestTheCommand:
         printed = capsys.readouterr().out
         assert f"{photo}: {LABELS[int(numbers['logits'].argmax())]} " in printed
         assert all(f"written: {path}" in printed for path in outputs)
+
+    @pytest.mark.parametrize("flags", [(), ("--image_size", "48")], ids=["own size", "another size"])
+    def test_it_draws_a_model_that_pools_on_the_grid(self, flags, photo, tmp_path):
+        windows = {"pool_kernel_size": (2, 2), "pool_stride": (2, 2), "hvt_pool": [1]}
+        folder = save_with_processor(tmp_path / "grid", tiny_model(pool_mode="avg", **windows, id2label=LABELS))
+        outputs = [tmp_path / name for name in ("panels.png", "chart.png", "numbers.safetensors")]
+        visualize(folder, photo, outputs[0], "--chart", outputs[1], "--save_tensors", outputs[2], *flags)
+        numbers = load_file(outputs[2])
+        rows, columns = numbers["grid"].tolist()
+        assert numbers["tokens_per_block"].tolist() == [rows * columns] + 3 * [rows // 2 * (columns // 2)]
+        macs = numbers["macs_per_block"].tolist()
+        assert macs == block_macs(load_model(str(folder))[0].config, (rows, columns)) and macs[1] < macs[0]
+        assert all(output.is_file() for output in outputs)
 
     def test_it_takes_several_images(self, photo, folders, tmp_path, capsys):
         photos, picture = [photo, two_colours(tmp_path / "other.png")], tmp_path / "panels.png"

@@ -9,13 +9,14 @@ import torch
 from helpers import save_with_processor, tiny_config, tiny_model
 from image_files import write_folder
 
-from hpool_vit import HPoolViTForImageClassification
+from hpool_vit import HPoolViTForImageClassification, HPoolViTForSemanticSegmentation
 from hpool_vit.toolkit import recover, speed_up
 from hpool_vit.toolkit.command import main
 from hpool_vit.toolkit.recovery import learning, lessons
 from hpool_vit.toolkit.recovery.effort import Effort, read_effort
 from hpool_vit.toolkit.recovery.learning import Recovery
 from hpool_vit.toolkit.recovery.lessons import VIEWS, Lessons
+from hpool_vit.toolkit.recovery.recover import remove_place
 
 
 LABELS = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "label2id": {"ant": 0, "bee": 1, "cat": 2}}
@@ -247,6 +248,15 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_weights_so_far(tmp_path
     assert recovery.losses() == pytest.approx(result.after, rel=1e-3)
 
 
+def test_nothing_of_a_killed_recovery_is_left(tmp_path):
+    file = tmp_path / ".recovered.recover" / "recovery.pt"
+    file.parent.mkdir()
+    for name in ("recovery.pt", "recovery.pt.1234.part"):
+        (file.parent / name).touch()
+    remove_place(file)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_ends_it_in_one_line(original, photos, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -268,6 +278,13 @@ def test_what_cannot_be_recovered_is_refused(original, photos, tmp_path, capsys)
 
     assert "does not pool, so there is nothing to recover" in refused(original)
     assert "is not the folder or Hub id of an HPool-ViT" in refused(tmp_path)
+    segmenter = HPoolViTForSemanticSegmentation(tiny_config(pool_mode="merge", **LABELS))
+    assert "segments images" in refused(save_with_processor(tmp_path / "segmenter", segmenter))
+    damaged = pooled("avg")
+    damaged.hpool_vit.layers[0].mlp.fc1.weight.data[0, 0] = torch.nan
+    message = refused(save_with_processor(tmp_path / "damaged", damaged))
+    assert "damaged is damaged: the weights hpool_vit.layers.0.mlp.fc1.weight are not finite" in message
+    assert "--batch_size 0 must be at least 1" in refused(student, original, photos, "--batch_size", "0")
     assert "was trained with avg pooling" in refused(student, student)
     others = save_with_processor(tmp_path / "others", tiny_model(hvt_pool=None, num_labels=5))
     message = refused(student, others)

@@ -164,3 +164,11 @@ def test_what_a_killed_search_used_of_its_time_counts(images, tmp_path):
     search = searching(images, tmp_path / "trials.jsonl", {"seed": 0}, seconds=60)
     find(search)
     assert search.budget.used >= 1 and len(search.tried()) <= 2
+
+
+def test_a_limit_that_only_the_cheapest_schedule_reaches_is_reached(images, tmp_path):
+    search = searching(images, tmp_path / "trials.jsonl", trials=50)
+    search.max_stages = 1
+    fitter = fitter_of(search)
+    limit = fitter.cost(fitter.cheapest)
+    assert fitter.cost(search.find(fitter, limit)) <= limit
