@@ -130,8 +130,7 @@ class ServedModel:
         schedule, config = self.schedule(position), self.model.config
         merge_ratio = schedule.merge_ratio if isinstance(schedule.merge_ratio, float) else list(schedule.merge_ratio)
         if (config.hvt_pool or [], config.merge_ratio) != (list(schedule.hvt_pool), merge_ratio):
-            config.change_schedule(list(schedule.hvt_pool), merge_ratio)
-            self.model.add_stages()
+            self.model.change_schedule(hvt_pool=list(schedule.hvt_pool), merge_ratio=merge_ratio)
 
 
 def read_model_type(folder: Path) -> str | None:

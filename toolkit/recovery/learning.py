@@ -17,7 +17,6 @@ from hpool_vit.pooling_hpool_vit import POOLINGS
 
 from ..shared.console import needs, one_line
 from ..shared.files import written_whole
-from ..speed.costs import set_schedule
 from ..speed.evaluation import losses_of, rounded
 from .effort import Effort
 from .lessons import VIEWS, Answers, Lessons, answer
@@ -101,7 +100,7 @@ class Recovery:
         self.schedules, self.effort, self.seed = schedules, effort, seed
         self.has_head = model.config.num_labels > 0
         for fields in schedules:  # builds all stages, whose position embeddings learn too
-            set_schedule(model, fields)
+            model.change_schedule(**fields)
         rate = MERGING_RATE if POOLINGS[model.config.pool_mode].partitions else WINDOWS_RATE
         groups = parameter_groups(model, rate, 0.0, LAYER_DECAY)
         self.optimizer = torch.optim.AdamW(groups)
@@ -182,7 +181,7 @@ class Recovery:
         order = torch.randperm(len(self.lessons), generator=torch.Generator().manual_seed(self.seed + epoch))
         indices = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
         drawn = draw.randrange(len(self.schedules))
-        set_schedule(self.model, self.schedules[drawn])
+        self.model.change_schedule(**self.schedules[drawn])
         pixel_values, taught = self.lessons.batch(indices, draw.randrange(len(VIEWS)))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.rate_factor()
@@ -217,7 +216,7 @@ class Recovery:
         """For each schedule, the mean loss on the images held back, as the evaluation prepares them."""
         means = []
         for fields in self.schedules:
-            set_schedule(self.model, fields)
+            self.model.change_schedule(**fields)
             total = 0.0
             for indices in torch.arange(len(self.held_back)).split(BATCH_SIZE):
                 pixel_values, taught = self.held_back.batch(indices, 0)

@@ -20,7 +20,7 @@ from ..shared.folders import counted
 from ..shared.measuring import format_table
 from ..shared.options import Device, DisableTqdm, OutputDir, UnlabelledImages
 from ..shared.saved_model import SavedModelError, check_finite, segments
-from ..speed.costs import MacsCost, set_schedule
+from ..speed.costs import MacsCost
 from ..speed.evaluation import Evaluator, rounded
 from ..speed.inputs import ENOUGH_IMAGES, Photos, is_hpool_vit, load_as_saved, load_model, load_photos, read_pool
 from ..speed.report import describe_images, describe_machine, differences_as_numbers, loss_name
@@ -122,7 +122,7 @@ def recover(
         "seconds": rounded(time.monotonic() - start),
         "notes": [note.removeprefix("note: ") for note in [*notes, *photos.notes]],
     }
-    set_schedule(student, own)
+    student.change_schedule(**own)
     write(output_dir, student.to(dtype), image_processor, record, photos)
     remove_place(file)
     return record

@@ -109,16 +109,10 @@ def seconds_per_image(model: nn.Module, pixel_values: torch.Tensor, schedules: l
 
 
 def run(model: nn.Module, fields: dict[str, Any], pixel_values: torch.Tensor) -> None:
-    set_schedule(model, fields)
+    model.change_schedule(**fields)
     # Without pooling, all tokens of the last block, as the model's source computes them.
     pooled = model.base_model(pixel_values, pooled_only=bool(fields["hvt_pool"])).pooler_output
     model.classifier(pooled).cpu()  # copying waits for an accelerator
-
-
-def set_schedule(model: nn.Module, fields: dict[str, Any]) -> None:
-    """Merges from now on as `fields` of the configuration say."""
-    model.config.change_schedule(**fields)
-    model.add_stages()
 
 
 def non_negative_fit(parts: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .costs import set_schedule
-
 
 # What the hidden states before the first merging block may take in memory.
 MAX_CACHE_BYTES = 1 << 30
@@ -140,7 +138,7 @@ class Evaluator:
     @torch.inference_mode()
     def reference_of(self, start: int, end: int) -> torch.Tensor:
         if (start, end) not in self.references:
-            set_schedule(self.model, {"hvt_pool": None})
+            self.model.change_schedule(hvt_pool=None)
             outputs: list[tuple[torch.Tensor, ...]] = []
             layers = self.model.base_model.layers[: self.num_known]
             handles = [
@@ -163,7 +161,7 @@ class Evaluator:
         """The differences under `fields` of the configuration for the images from `start` to `end`."""
         end = len(self.pixel_values) if end is None else end
         reference = self.reference(start, end)
-        set_schedule(self.model, fields)
+        self.model.change_schedule(**fields)
         num_blocks = self.model.config.num_hidden_layers
         skipped = min(self.num_known, min(fields["hvt_pool"] or [num_blocks - 1]))
         outputs = []

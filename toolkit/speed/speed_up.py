@@ -21,7 +21,7 @@ from ..shared.devices import choose_device
 from ..shared.figures import save_figure
 from ..shared.files import check_output_dir, folder_written_whole, read_json, write_json
 from ..shared.options import Device, DisableTqdm, OutputDir, UnlabelledImages
-from .costs import MacsCost, TimeCost, seconds_per_image, set_schedule
+from .costs import MacsCost, TimeCost, seconds_per_image
 from .evaluation import Evaluator, rounded
 from .inputs import ENOUGH_IMAGES, Photos, load_model, load_photos, read_pool
 from .report import (
@@ -188,7 +188,7 @@ def recovered(
     """Teaches the model, at the fields of each speed, what the original says to the images of `pool`."""
     from ..recovery.learning import teach
 
-    set_schedule(original, {"hvt_pool": None})
+    original.change_schedule(hvt_pool=None)
     with tqdm(total=100, desc="recovering", unit="%", disable=not show_progress, bar_format=BAR) as bar:
         file = log.path.with_name("recovery.pt")
         return teach(model, original, pool, list(speeds.values()), effort, file, settings, Progress(bar))

@@ -48,8 +48,7 @@ def test_what_is_computed_once_gives_the_answers_of_the_whole_model(images, max_
     unpooled = own(images).logits
     for schedule in SCHEDULES:
         fields = schedule_fields(schedule, 64)
-        own.config.change_schedule(**fields)
-        own.add_stages()
+        own.change_schedule(**fields)
         pooled = own(images).logits
         found = evaluator.evaluate(fields, 0, 24)
         expected = losses_of(unpooled, pooled, num_labels > 0)
