@@ -149,7 +149,7 @@ class TestModel:
         "fields",
         [
             pytest.param({}, marks=pytest.mark.slow, id="mean"),
-            pytest.param({"use_class_token": True}, id="class-token"),
+            pytest.param({"use_class_token": True}, marks=pytest.mark.slow, id="class-token"),
             pytest.param({"use_class_token": True, "rope_theta": 100.0}, marks=pytest.mark.slow, id="rotary"),
         ],
     )

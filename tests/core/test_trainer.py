@@ -35,6 +35,7 @@ def test_training_stopped_after_a_checkpoint_resumes_to_the_same_weights(saved_f
     assert train(TRAIN, tmp_path, 4, saved_folder, "--resume") == [expected]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_remote_code_model_is_complete_and_resumes_in_a_fresh_process(saved_folder, whole, tmp_path):
     train(TRAIN, tmp_path, 2, saved_folder, "--remote", hide=("hpool_vit",))
     # What the second process loads is the checkpoint, code and all.

@@ -238,6 +238,7 @@ def test_ratios_are_taken_within_each_round():
     assert named[3]["faster"] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_step_in_a_process_of_its_own(folders, tmp_path):
     small, large = (
         in_fresh_process(step_memory, row(folders["flat"], "sdpa", "train", size), tmp_path) for size in (2, 128)

@@ -24,6 +24,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_program_measures_each_way_for_each_model(folders, photos, tmp_path):
     output = tmp_path / "new" / "pipeline"
     flags = ["--images_dir", photos, "--batch_size", 2, "--num_workers", 1, "--threads", 1, "--rounds", 2]

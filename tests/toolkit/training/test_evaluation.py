@@ -114,6 +114,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_cache_compute_metrics_at_the_same_time_without_the_hub(tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     started = [

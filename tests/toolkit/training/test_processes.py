@@ -78,6 +78,7 @@ FLAGS += (
 )
 
 
+@pytest.mark.slow
 @both_programs
 def test_a_run_killed_at_any_moment_ends_with_the_weights_of_a_run_that_was_not(program, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
