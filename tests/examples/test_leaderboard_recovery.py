@@ -96,8 +96,9 @@ def test_each_speed_is_judged_on_the_other_half_against_the_model_without_poolin
     run(*words)
 
 
-def test_the_published_table_is_that_of_the_raw_numbers():
+@pytest.mark.parametrize("name", ["merging_recovery", "merging_recovery_few_photos"])
+def test_the_published_table_is_that_of_the_raw_numbers(name):
     results = ROOT / "docs" / "results"
-    published = read_json(results / "merging_recovery.json")
+    published = read_json(results / f"{name}.json")
     assert recovery.table(published["rows"]) in (results / "merging.md").read_text(encoding="utf-8")
     assert published["half"] == "reporting" and published["num_photos"] == 650

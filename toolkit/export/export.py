@@ -15,7 +15,7 @@ from ..shared.measuring import Logits
 from ..shared.options import Model, OutputDir, Speed
 from ..shared.saved_model import check_weights, load_saved_model, segments
 from .checks import BATCH_SIZES, ExportError, check_preprocessing, image_sizes, largest_difference, random_images
-from .formats import FORMATS, check_options, trace
+from .formats import FORMATS, check_options, one_of, trace
 
 
 TOLERANCE = 1e-4
@@ -161,7 +161,7 @@ def load(name: str, speed: float | None = None) -> tuple[PreTrainedModel, Any, d
 def check_segmenter_options(name: str, format: str, int8: str | None) -> None:
     """Raises an `ExportError` for what is there for classifiers alone."""
     if not FORMATS[format].takes_segmenters:
-        others = " or ".join(other for other, chosen in FORMATS.items() if chosen.takes_segmenters)
+        others = one_of([other for other, chosen in FORMATS.items() if chosen.takes_segmenters])
         raise ExportError(f"{name} gives each pixel a class, and `format={format}` is for classifiers: use {others}.")
     if int8:
         raise ExportError(f"{name} gives each pixel a class, and `int8={int8}` is for classifiers: leave it out.")

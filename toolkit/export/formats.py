@@ -59,9 +59,14 @@ def check_options(format: str, options: dict[str, Any]) -> None:
         raise ExportError(f"`format={format}` is unknown: choose one of {', '.join(FORMATS)}.")
     for name, value in options.items():
         if value not in (None, False) and name not in FORMATS[format].options:
-            takers = " or ".join(other for other in FORMATS if name in FORMATS[other].options)
+            takers = one_of([other for other in FORMATS if name in FORMATS[other].options])
             given = f"`{name}`" if value is True else f"`{name}={value}`"
             raise ExportError(f"{given} needs `format={takers}`, not {format}.")
+
+
+def one_of(names: list[str]) -> str:
+    """The names as a choice: "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def trace(model: nn.Module, config: HPoolViTConfig, dynamic_image_size: bool) -> ExportedProgram:

@@ -99,7 +99,7 @@ def test_export_resizes_maps_of_a_pooled_grid_and_writes_torch_export_too(tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "web"}, "`format=web` is for classifiers: use onnx or torch_export"),
+        ({"format": "web"}, "`format=web` is for classifiers: use onnx, torch_export or aot"),
         ({"int8": "dynamic"}, "`int8=dynamic` is for classifiers: leave it out"),
     ],
 )

@@ -169,9 +169,9 @@ def test_the_model_compiled_ahead_of_time_runs_without_this_package_and_transfor
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_without_a_compiler_compiling_ahead_is_refused_with_the_remedy(saved_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    message = refusal(capsys, saved_folder, "--output_dir", tmp_path / "out", "--format", "aot")
+def test_without_a_compiler_compiling_ahead_is_refused_with_the_remedy(saved_folder, tmp_path, capsys):
+    with torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler")):
+        message = refusal(capsys, saved_folder, "--output_dir", tmp_path / "out", "--format", "aot")
     assert "--format aot needs a C++ compiler: install g++" in message
 
 

@@ -205,7 +205,7 @@ def test_what_a_page_cannot_be_made_of_is_refused_in_one_line_before_the_work(pa
         ((model, *out, "--runtime", tmp_path / "empty"), (f"empty does not have {FILES[0]}", remedy)),
         (
             (model, *out, "--dynamic_image_size"),
-            ("--dynamic_image_size needs --format onnx or torch_export, not web",),
+            ("--dynamic_image_size needs --format onnx, torch_export or aot, not web",),
         ),
         ((model, *out, "--int8", "dynamic"), ("--int8 dynamic needs --format onnx, not web",)),
         ((model, *out[:2], "--runtime", package), ("needs --format web, not onnx",)),
