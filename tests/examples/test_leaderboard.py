@@ -223,6 +223,13 @@ def test_diffrate_drops_the_tokens_that_the_class_token_looks_at_least(model, im
         assert distances.min(1).values.max() < 1e-4 and distances.min(0).values.max() < 1e-4
 
 
+@pytest.mark.parametrize("method", [ToMe, ImportanceToMe, PiToMe, SizeRanked, ATC, DiffRate])
+def test_the_macs_of_every_rival_are_counted_which_follows_gradients(model, images, method):
+    settings = ([10] * 4, [9] * 4) if method is DiffRate else (dict.fromkeys(range(4), 9),)
+    assert next(model.parameters()).requires_grad
+    assert 0 < count_macs(method(model, *settings), images[:1]) < count_macs(Method(model), images[:1])
+
+
 @pytest.mark.parametrize("method", [ToMe, ImportanceToMe, PiToMe, SizeRanked])
 def test_merging_in_every_block_ends_when_half_of_the_tokens_would_go(model, images, method):
     with torch.inference_mode():

@@ -196,7 +196,7 @@ class ATC(Rival):
 
     def groups(self, index, attended, sizes, num_merged):
         keys = unit(attended.key.mean(1)[:, 1:])
-        distances = (1 - keys @ keys.transpose(1, 2)).clamp_min(0).double().numpy()
+        distances = (1 - keys @ keys.transpose(1, 2)).detach().clamp_min(0).double().numpy()
         num_clusters = keys.shape[1] - num_merged
         clusters = np.stack([average_linkage(matrix, num_clusters) for matrix in distances])
         return nn.functional.pad(torch.from_numpy(clusters) + 1, (1, 0))
