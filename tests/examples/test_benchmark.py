@@ -341,9 +341,10 @@ def test_the_report_leaves_out_columns_without_numbers():
 @pytest.mark.slow
 def test_without_a_compiler_a_compiled_row_says_so(folders, tmp_path, monkeypatch, fresh_compiler):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     args = parse_args(["--models", folders["flat"], "--modes", "sdpa", "compile", *QUICK, "--no_memory"])
-    plain, compiled = Group(args, "inference", 32, 2, None, tmp_path).measure()["rows"]
+    # `monkeypatch` would hide the setting from all tests after this one.
+    with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)):
+        plain, compiled = Group(args, "inference", 32, 2, None, tmp_path).measure()["rows"]
     assert plain["images_per_second"][1] > 0
     assert "ompiler" in compiled["not_run"] and "\n" not in compiled["not_run"]
 
