@@ -1,7 +1,5 @@
 """Draws what an HPool-ViT makes of the patches of an image. The figures do without pyplot, so threads can draw."""
 
-import math
-
 import matplotlib
 import numpy as np
 import torch
@@ -247,7 +245,7 @@ def _draw_keys(figure, left, top, scales, mode):
 
 
 def _draw_chart(figure: Figure, top: float, trace: PoolingTrace, config: HPoolViTConfig):
-    tokens, num_patches = trace.tokens_per_block, math.prod(trace.grid)
+    tokens, num_patches = trace.tokens_per_block, trace.rollout.shape[1]
     schedule = [stage.block for stage in trace.stages[1:]]
     macs = block_macs(config.with_schedule(schedule), trace.grid)
     unpooled = block_macs(config.with_schedule(None), trace.grid)

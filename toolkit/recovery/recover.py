@@ -19,7 +19,7 @@ from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.folders import counted
 from ..shared.measuring import format_table
 from ..shared.options import Device, DisableTqdm, OutputDir, UnlabelledImages
-from ..shared.saved_model import SavedModelError, check_finite, segments
+from ..shared.saved_model import SavedModelError, check_complete, segments
 from ..speed.costs import MacsCost
 from ..speed.evaluation import Evaluator, rounded
 from ..speed.inputs import ENOUGH_IMAGES, Photos, is_hpool_vit, load_as_saved, load_model, load_photos, read_pool
@@ -140,9 +140,7 @@ def load_student(name: str) -> tuple[nn.Module, Any, list[str]]:
     if segments(name):
         raise SavedModelError(f"{name} segments images, and only the answers of classifiers and features are learned.")
     model, image_processor, notes, new = load_as_saved(name)
-    if new:
-        raise SavedModelError(f"{name} has no weights for {new[0]}: it is incomplete.")
-    check_finite(name, model)
+    check_complete(name, model, new)
     if not schedules_of(model):
         raise SavedModelError(f"{name} does not pool, so there is nothing to recover.")
     return model, image_processor, notes

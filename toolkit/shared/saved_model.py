@@ -11,6 +11,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
+    PreTrainedConfig,
 )
 from transformers.utils import logging
 
@@ -31,6 +32,11 @@ def segments(name: str, *, trust_remote_code: bool = False) -> bool:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError):
         return False  # whoever loads the model says what is wrong
+    return is_segmenter(config)
+
+
+def is_segmenter(config: PreTrainedConfig) -> bool:
+    """Whether the configuration is that of a saved model for semantic segmentation."""
     return any("SemanticSegmentation" in architecture for architecture in config.architectures or [])
 
 
@@ -155,6 +161,13 @@ def check_weights(name: str, model: nn.Module, new: list[str]) -> None:
         raise SavedModelError(
             f"{name} has no weights for {new[0]}{more}: it is incomplete, or not yet trained as a classifier."
         )
+    check_finite(name, model)
+
+
+def check_complete(name: str, model: nn.Module, new: list[str]) -> None:
+    """As [`check_weights`], of a model with or without classes."""
+    if new:
+        raise SavedModelError(f"{name} has no weights for {new[0]}: it is incomplete.")
     check_finite(name, model)
 
 

@@ -20,7 +20,14 @@ from ..conversion.vit import POOLING_DEFAULTS
 from ..shared.console import hub_id, schedule_name
 from ..shared.folders import counted, escaped, list_images
 from ..shared.images import BadImageError, BadImages, decode_image, read_image
-from ..shared.saved_model import SavedModelError, check_finite, check_weights, load_saved_model, segments
+from ..shared.saved_model import (
+    SavedModelError,
+    check_complete,
+    check_finite,
+    check_weights,
+    is_segmenter,
+    load_saved_model,
+)
 
 
 # Half of them for the search and half for the report.
@@ -72,7 +79,7 @@ def is_hpool_vit(name: str) -> bool:
 
 def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:
     config = HPoolViTConfig.from_pretrained(name)
-    if segments(name):
+    if is_segmenter(config):
         raise SavedModelError(f"{name} segments images: a search compares the answers of classifiers, and features.")
     pools = POOL_MODES[config.pool_mode].has_positions and config.hvt_pool
     if pools:
@@ -85,10 +92,8 @@ def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:
     model, image_processor, notes, new = load_as_saved(name, **overrides)
     if model.config.num_labels:
         check_weights(name, model, new)
-    elif new:
-        raise SavedModelError(f"{name} has no weights for {new[0]}: it is incomplete.")
     else:
-        check_finite(name, model)
+        check_complete(name, model, new)
     model.config.change_schedule(None)
     model.config.hvt_pool_choices = model.config.speeds = None
     return model, image_processor, notes

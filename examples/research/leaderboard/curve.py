@@ -61,9 +61,10 @@ def lines(leaderboard: dict[str, Any], recovery: dict[str, Any]) -> dict[str, li
 def draw(leaderboard: dict[str, Any], recovery: dict[str, Any]) -> Figure:
     """One panel for each of `PANELS`, against the multiply-accumulates saved."""
     whole = next(row for row in leaderboard["rows"] if row["family"] == UNPOOLED)
+    points = lines(leaderboard, recovery)
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     for axes, (measure, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for family, rows in lines(leaderboard, recovery).items():
+        for family, rows in points.items():
             label, color, marker = LINES[family]
             is_ours = family in (OURS, RECOVERED)
             axes.plot(
