@@ -14,15 +14,13 @@ end compare_runs.py writes the table and the curves to OUTPUT_DIR/comparison.
 """
 
 import argparse
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from training_runs import Step, add_common_arguments, comparison, run_all, training
 
-PROGRAMS = Path(__file__).resolve().parent
-CONFIGS = PROGRAMS.parent / "configs"
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WINDOWS = {
     "row": {"pool_kernel_size": "4", "pool_stride": "4"},
     "grid": {"pool_kernel_size": "2,2", "pool_stride": "2,2"},
@@ -55,14 +53,17 @@ def models(data: str) -> dict[str, dict[str, str]]:
     }
 
 
-def train_command(args: argparse.Namespace, name: str, seed: int) -> list[str]:
-    settings = {**DATA[args.data]["settings"], **models(args.data)[name], "seed": seed}
-    settings |= {"train_files": args.train_files, "validation_files": args.validation_files}
-    settings |= {"model_name_or_path": args.model_name_or_path} if args.model_name_or_path else {}
+def trainings(args: argparse.Namespace) -> list[Step]:
+    """Seed by seed, so that every model has as many when the program is stopped."""
+    data = DATA[args.data]
+    settings = {**data["settings"], "train_files": args.train_files, "validation_files": args.validation_files}
+    settings["model_name_or_path"] = args.model_name_or_path
     settings |= {"num_train_epochs": args.num_train_epochs} if args.num_train_epochs else {}
-    settings["output_dir"] = args.output_dir / f"{name}-seed{seed}"
-    command = [sys.executable, "-m", "hpool_vit.toolkit.command", "train", DATA[args.data]["config"]]
-    return [str(part) for part in (*command, *(f for key, value in settings.items() for f in (f"--{key}", value)))]
+    return [
+        training(args.output_dir, name, seed, data["config"], **settings, **fields)
+        for seed in args.seeds
+        for name, fields in models(args.data).items()
+    ]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -71,10 +72,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_files", required=True)
     parser.add_argument("--validation_files", required=True)
     parser.add_argument("--model_name_or_path", help="ViT to start from; needed for flowers")
-    parser.add_argument("--output_dir", type=Path, required=True, help="gets one folder for each model and seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_train_epochs", type=int, help="default: as in the results of other trainings")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, and run nothing")
+    add_common_arguments(parser)
     args = parser.parse_args(argv)
     if args.data == "flowers" and not args.model_name_or_path:
         parser.error("flowers needs --model_name_or_path: the photos are too few to train on from scratch")
@@ -83,22 +82,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    # Seed by seed, so that every model has as many when the program is stopped.
-    runs = [(name, seed) for seed in args.seeds for name in models(args.data)]
-    for name, seed in runs:
-        command = train_command(args, name, seed)
-        finished = (args.output_dir / f"{name}-seed{seed}" / "all_results.json").is_file()
-        if args.dry_run:
-            print(shlex.join(command))
-        elif not finished:
-            subprocess.run(command, check=True)
-    folders = [str(args.output_dir / f"{name}-seed{seed}") for name, seed in runs]
-    compare = [sys.executable, str(PROGRAMS / "compare_runs.py"), *folders, "--reference", f"{POOL_MODES[0]}-row"]
-    compare += ["--output", str(args.output_dir / "comparison")]
-    if args.dry_run:
-        print(shlex.join(compare))
-    else:
-        subprocess.run(compare, check=True)
+    steps = trainings(args)
+    run_all(steps, comparison(args.output_dir, steps, f"{POOL_MODES[0]}-row"), args.dry_run)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import shlex
 
 import grid_against_sequence
 import pytest
+import training_runs
 import yaml
 from helpers import EXAMPLES
 
@@ -50,7 +51,7 @@ def test_it_trains_every_model_with_every_seed_once_and_compares_them(tmp_path, 
     finished.mkdir()
     (finished / "all_results.json").write_text(json.dumps({}))
     ran = []
-    monkeypatch.setattr(grid_against_sequence.subprocess, "run", lambda command, check: ran.append(command))
+    monkeypatch.setattr(training_runs.subprocess, "run", lambda command, check: ran.append(command))
     grid_against_sequence.main([*flags, str(tmp_path)])
     assert len(ran) == 18 and not any(str(finished) in command for command in ran[:-1])
 

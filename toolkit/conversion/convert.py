@@ -204,8 +204,12 @@ def command(
     pool_mode: Annotated[
         str | None, typer.Option(metavar="MODE", help=f"{', '.join(POOL_MODES)}. Default: max.")
     ] = None,
-    pool_kernel_size: Annotated[int | None, typer.Option(help="Tokens that max and avg pool into one.")] = None,
-    pool_stride: Annotated[int | None, typer.Option(help="Step of max and avg, in tokens.")] = None,
+    pool_kernel_size: Annotated[
+        str | None, typer.Option(metavar="WINDOW", help="What max and avg pool into one: 3 tokens, or 2,2 patches.")
+    ] = None,
+    pool_stride: Annotated[
+        str | None, typer.Option(metavar="STEP", help="Step of max and avg: 2 tokens, or 2,2 patches.")
+    ] = None,
     merge_ratio: MergeRatio = None,
     proportional_attention: Annotated[
         str | None,
@@ -265,6 +269,8 @@ def command(
     check_output_dir(output_dir)
     options = parse_options(
         hvt_pool=hvt_pool,
+        pool_kernel_size=pool_kernel_size,
+        pool_stride=pool_stride,
         merge_ratio=merge_ratio,
         proportional_attention=proportional_attention,
         use_class_token=use_class_token,
@@ -274,8 +280,6 @@ def command(
     )
     plain = {
         "pool_mode": pool_mode,
-        "pool_kernel_size": pool_kernel_size,
-        "pool_stride": pool_stride,
         "stage_positions": stage_positions,
         "num_labels": num_labels,
         "num_attention_heads": num_attention_heads,

@@ -176,6 +176,12 @@ class TestTheOptions:
         expected = positions.unflatten(1, (16, 4)).mean(2)
         torch.testing.assert_close(model.hpool_vit.pooling["1"].position_embeddings, expected)
 
+    def test_windows_of_the_grid(self, tmp_path, vit):
+        words = ["--pool_mode", "max", "--pool_kernel_size", "2,2", "--pool_stride", "2,2", "--hvt_pool", "1"]
+        main(["convert", str(vit), "--output_dir", str(tmp_path / "out"), *words])
+        config = load(tmp_path / "out").config
+        assert config.pool_kernel_size == (2, 2) and config.tokens_per_stage() == [64, 16]
+
     def test_a_new_head_is_the_same_with_the_same_seed(self, vit):
         state = torch.get_rng_state()
         heads = [convert(vit, num_labels=3, seed=seed)[0].classifier.weight for seed in (None, 0, 1)]
@@ -234,6 +240,8 @@ class TestRefusals:
             (["--use_ema"], "--use_ema is for a training checkpoint"),
             (["--num_attention_heads", "4"], "--num_attention_heads 4 cannot be chosen: the source has 2."),
             (["--hvt_pool", "1,7"], "names block 7"),
+            (["--pool_kernel_size", "large"], "'pool_kernel_size' with value 'large'"),
+            (["--pool_stride", "0,2"], "--pool_stride (0, 2) must be one number or (rows, columns)"),
             (["--hvt_pool", "one"], "hvt_pool"),
             (["--pool_mode", "median"], "--pool_mode median is unknown: choose one of max, avg, merge."),
             (["--stage_positions", "random"], "--stage_positions random is unknown: choose zero or pooled."),

@@ -1,0 +1,70 @@
+"""The comparison of pooled models after fine-tuning, with and without a recovery first."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pooled_fine_tuning
+import pytest
+import training_runs
+
+from hpool_vit import HPoolViTConfig
+from hpool_vit.toolkit.inspection.stats import model_stats
+from hpool_vit.toolkit.shared.console import parse_value
+
+
+FLAGS = ["--vit", "vit.safetensors", "--train_dir", "train", "--validation_dir", "test", "--output_dir"]
+
+
+def config(name: str) -> HPoolViTConfig:
+    fields = {key: parse_value(key, value) for key, value in pooled_fine_tuning.MODELS[name].items()}
+    return HPoolViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, **fields)
+
+
+def plan(capsys, output_dir: Path, *words: str) -> list[list[str]]:
+    pooled_fine_tuning.main([*FLAGS, str(output_dir), *words, "--dry_run"])
+    return [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("name", pooled_fine_tuning.MODELS)
+def test_each_name_says_how_many_times_fewer_macs(name):
+    times = model_stats(config("unpooled"))["macs"] / model_stats(config(name))["macs"]
+    expected = 1 if name == "unpooled" else float(name.rsplit("-", 1)[1])
+    assert times == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("speed", pooled_fine_tuning.MERGE)
+def test_merging_leaves_as_many_tokens_as_the_table_says(speed):
+    assert tuple(config(f"merge-{speed}").tokens_per_stage()) == pooled_fine_tuning.MERGE[speed]["tokens"]
+
+
+def test_every_pooled_model_is_trained_with_and_without_a_recovery(tmp_path, capsys):
+    *steps, comparison = plan(capsys, tmp_path, "--models", "unpooled", "max-row-3", "--seeds", "0", "1", "--bf16")
+    assert [step[2] for step in steps] == ["convert", "convert", "recover", *["train"] * 6]
+    starts = tmp_path / "starts"
+    assert " ".join(steps[2][3:]) == (
+        f"{starts}/max-row-3 --teacher vit.safetensors --images train --effort 6 "
+        f"--output_dir {starts}/max-row-3-recovered"
+    )
+    names = ["unpooled", "max-row-3", "max-row-3-recovered"]
+    assert [Path(step[-1]).name for step in steps[3:]] == [f"{name}-seed{seed}" for seed in (0, 1) for name in names]
+    assert all("--bf16 True" in " ".join(step) for step in steps[3:])
+    assert [str(tmp_path / f"{name}-seed1") for name in names] == comparison[4:7]
+
+
+def test_without_an_effort_nothing_is_recovered(tmp_path, capsys):
+    steps = plan(capsys, tmp_path, "--effort", "", "--seeds", "0")
+    assert not any("recover" in " ".join(step) or "--bf16" in step for step in steps)
+    assert len(steps) == 2 * len(pooled_fine_tuning.MODELS) + 1
+
+
+def test_what_is_finished_is_not_repeated(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(training_runs.subprocess, "run", lambda command, check: ran.append(command))
+    (tmp_path / "starts" / "unpooled").mkdir(parents=True)
+    (tmp_path / "starts" / "unpooled" / "config.json").write_text(json.dumps({}))
+    pooled_fine_tuning.main([*FLAGS, str(tmp_path), "--models", "unpooled", "--seeds", "0"])
+    assert [Path(command[1]).name if command[1] != "-m" else command[3] for command in ran] == [
+        "train",
+        "compare_runs.py",
+    ]
