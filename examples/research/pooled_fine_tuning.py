@@ -7,7 +7,8 @@ recovery first, equally long and with three seeds.
 
 `--vit` is a ViT that `hpool-vit convert` reads. The recovery sees the photos of `--train_dir` without their labels.
 What is finished is not repeated, and `--dry_run` prints the commands. At the end compare_runs.py writes the table and
-the curves to OUTPUT_DIR/comparison.
+the curves to OUTPUT_DIR/comparison. Other flags go to `hpool-vit train`: on a CPU with units for bfloat16,
+`--bf16 true --use_cpu true` is faster.
 """
 
 import argparse
@@ -56,7 +57,7 @@ SETTINGS = {
 }
 
 
-def plan(args: argparse.Namespace) -> list[Step]:
+def plan(args: argparse.Namespace, further: list[str]) -> list[Step]:
     """The models are converted and recovered, then trained seed by seed, so that a stop leaves whole seeds."""
     steps, starts = [], []
 
@@ -70,10 +71,10 @@ def plan(args: argparse.Namespace) -> list[Step]:
         folder = start(name, "convert", args.vit, **MODELS[name])
         if args.effort and MODELS[name]["hvt_pool"] != "none":
             start(f"{name}-recovered", "recover", folder, teacher=args.vit, images=args.train_dir, effort=args.effort)
-    settings = {**SETTINGS, "num_train_epochs": args.num_train_epochs, "bf16": args.bf16 or None}
-    settings |= {"train_dir": args.train_dir, "validation_dir": args.validation_dir}
+    settings = {**SETTINGS, "num_train_epochs": args.num_train_epochs, "train_dir": args.train_dir}
+    settings |= {"validation_dir": args.validation_dir}
     return steps + [
-        training(args.output_dir, folder.name, seed, **settings, model_name_or_path=folder)
+        training(args.output_dir, folder.name, seed, *further, **settings, model_name_or_path=folder)
         for seed in args.seeds
         for folder in starts
     ]
@@ -87,10 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], metavar="NAME", help="default: all")
     parser.add_argument("--effort", default="6", help="of each recovery, or '' for none (default: %(default)s epochs)")
     parser.add_argument("--num_train_epochs", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16, where the machine computes it fast")
     add_common_arguments(parser)
-    args = parser.parse_args(argv)
-    steps = plan(args)
+    args, further = parser.parse_known_args(argv)
+    steps = plan(args, further)
     run_all(steps, comparison(args.output_dir, steps, "unpooled"), args.dry_run)
 
 

@@ -39,7 +39,8 @@ def test_merging_leaves_as_many_tokens_as_the_table_says(speed):
 
 
 def test_every_pooled_model_is_trained_with_and_without_a_recovery(tmp_path, capsys):
-    *steps, comparison = plan(capsys, tmp_path, "--models", "unpooled", "max-row-3", "--seeds", "0", "1", "--bf16")
+    words = ["--models", "unpooled", "max-row-3", "--seeds", "0", "1", "--bf16", "true"]
+    *steps, comparison = plan(capsys, tmp_path, *words)
     assert [step[2] for step in steps] == ["convert", "convert", "recover", *["train"] * 6]
     starts = tmp_path / "starts"
     assert " ".join(steps[2][3:]) == (
@@ -48,7 +49,7 @@ def test_every_pooled_model_is_trained_with_and_without_a_recovery(tmp_path, cap
     )
     names = ["unpooled", "max-row-3", "max-row-3-recovered"]
     assert [Path(step[-1]).name for step in steps[3:]] == [f"{name}-seed{seed}" for seed in (0, 1) for name in names]
-    assert all("--bf16 True" in " ".join(step) for step in steps[3:])
+    assert all("train --bf16 true --recipe" in " ".join(step) for step in steps[3:])
     assert [str(tmp_path / f"{name}-seed1") for name in names] == comparison[4:7]
 
 

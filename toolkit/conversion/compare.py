@@ -12,6 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from hpool_vit import HPoolViTForImageClassification
 
+from ..shared.console import check_at_least_one
 from ..shared.folders import counted, list_images
 from ..shared.images import BadImageError, decode_image, read_image
 from .checkpoint import ConversionError
@@ -67,10 +68,10 @@ def compare_with_source(
         has_trained_head (`bool`, defaults to `True`): whether the head is the source's, so that its answers count.
 
     Raises:
-        ConversionError: for a folder without images, or a number below 1.
+        ConversionError: for a folder without images.
+        ValueError: for a number below 1.
     """
-    if num_images < 1:
-        raise ConversionError(f"`compare_images={num_images}` must be at least 1.")
+    check_at_least_one(compare_images=num_images)
     hvt_pool, was_training = model.config.hvt_pool, model.training
     features: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     model.eval()

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig
 from transformers.utils import cached_file
 
+from hpool_vit import HPoolViTConfig
+
 from ..shared.console import hub_id
 from ..shared.files import read_json
 from .checkpoint import Checkpoint, ConversionError, read_checkpoint
@@ -70,6 +72,27 @@ def is_checkpoint_file(name_or_path: str | Path) -> bool:
     """Whether this names a file of tensors, be it there or not, rather than a folder or a repository on the Hub."""
     path = Path(name_or_path)
     return path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir())
+
+
+def is_hpool_vit(name: str) -> bool:
+    """
+    Whether a saved folder, or an id on the Hub, holds an HPool-ViT. What cannot be found does not.
+
+    Raises:
+        ValueError: if its configuration is damaged.
+    """
+    if is_checkpoint_file(name):
+        return False
+    if hub_id(name) is None:
+        file = Path(name) / "config.json"
+    else:
+        file = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None or not Path(file).is_file():
+        return False
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object.")
+    return config.get("model_type") == HPoolViTConfig.model_type
 
 
 def read_source(model_name_or_path: str | Path, use_ema: bool = False, architecture: str | None = None) -> Source:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegme
 
 from hpool_vit import HPoolViTConfig, HPoolViTForSemanticSegmentation, HPoolViTImageProcessor
 
-from ..training.model import is_hpool_vit, labels_of, start_from
+from ..conversion.sources import is_hpool_vit
+from ..training.model import labels_of, start_from
 from ..training.recipes import recipe_arguments
 
 

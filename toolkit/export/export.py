@@ -10,6 +10,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSemanticSe
 
 from hpool_vit import HPoolViTConfig
 
+from ..shared.console import check_at_least_one
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.measuring import Logits
 from ..shared.options import Model, OutputDir, Speed
@@ -45,12 +46,10 @@ class Int8Options:
     num_threads: int = 0
 
     def check(self) -> None:
-        """Raises an `ExportError` for options that do not go together."""
+        """Raises a `ValueError` for options that do not go together."""
         if self.method == "static" and not self.calibration_dir:
             raise ExportError("`int8=static` needs `calibration_dir`, a folder of images like those to classify.")
-        for name in ("num_calibration_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ExportError(f"`{name}={getattr(self, name)}` must be at least 1.")
+        check_at_least_one(num_calibration_images=self.num_calibration_images, batch_size=self.batch_size)
         if self.num_threads < 0:
             raise ExportError(f"`num_threads={self.num_threads}` must be at least 1, or 0 for all cores.")
         for name in ("eval_dir", "calibration_dir"):

@@ -9,7 +9,7 @@ import torch
 import typer
 from transformers import pipeline
 
-from ..shared.console import NotStartedError, needs, one_line, parse_value
+from ..shared.console import NotStartedError, check_at_least_one, needs, one_line, parse_value
 from ..shared.options import Device, DisableTqdm, HvtPool, MergeRatio, Model, Speed
 from ..shared.saved_model import load_saved_classifier, load_saved_segmenter, segments
 
@@ -67,9 +67,7 @@ def predict(
     Raises:
         ValueError: for a wrong argument, or a model that cannot classify.
     """
-    for name, value in {"top_k": top_k, "batch_size": batch_size, "num_workers": num_workers}.items():
-        if value < 1:
-            raise ValueError(f"`{name}={value}` must be at least 1.")
+    check_at_least_one(top_k=top_k, batch_size=batch_size, num_workers=num_workers)
     if not timeout > 0:
         raise ValueError(f"`timeout={timeout}` must be more than 0 seconds.")
     state, torch_device = choose_processes(device)
@@ -149,8 +147,7 @@ def command(
     try:
         output_format = choose_format(output, format)
         check_targets(output, contact_sheet)
-        if max_contact_sheet < 1:
-            raise ValueError(f"`max_contact_sheet={max_contact_sheet}` must be at least 1.")
+        check_at_least_one(max_contact_sheet=max_contact_sheet)
         predictions = predict(
             model,
             images,

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from hpool_vit.pooling_hpool_vit import POOLINGS
 
 from ..shared.console import needs, one_line
+from ..shared.devices import mixed_precision
 from ..shared.files import written_whole
 from ..speed.evaluation import losses_of, rounded
 from .effort import Effort
@@ -186,7 +187,9 @@ class Recovery:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.rate_factor()
         self.optimizer.zero_grad()
-        loss = self.loss(answer(self.model, pixel_values), taught)
+        with mixed_precision(pixel_values.device):
+            said = answer(self.model, pixel_values)
+        loss = self.loss(said, taught)
         (self.weight(drawn) * loss).backward()
         nn.utils.clip_grad_norm_(self.average.parameters.values(), MAX_GRAD_NORM)
         self.optimizer.step()

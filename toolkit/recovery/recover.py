@@ -11,9 +11,10 @@ import typer
 from torch import nn
 from tqdm import tqdm
 
+from ..conversion.sources import is_hpool_vit
 from ..hub.card import write_model_card
 from ..inspection.stats import format_macs, model_stats
-from ..shared.console import hub_id, schedule_name
+from ..shared.console import check_at_least_one, hub_id, schedule_name
 from ..shared.devices import choose_device
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.folders import counted
@@ -22,9 +23,9 @@ from ..shared.options import Device, DisableTqdm, OutputDir, UnlabelledImages
 from ..shared.saved_model import SavedModelError, check_complete, segments
 from ..speed.costs import MacsCost
 from ..speed.evaluation import Evaluator, rounded
-from ..speed.inputs import ENOUGH_IMAGES, Photos, is_hpool_vit, load_as_saved, load_model, load_photos, read_pool
+from ..speed.inputs import ENOUGH_IMAGES, Photos, load_as_saved, load_model, load_photos, read_pool
 from ..speed.report import describe_images, describe_machine, differences_as_numbers, loss_name
-from ..speed.speed_up import BAR, Progress, check_at_least_one
+from ..speed.speed_up import BAR, Progress
 from ..speed.trials import fingerprint
 from .effort import read_effort
 from .learning import teach
@@ -77,7 +78,7 @@ def recover(
     """
     start = time.monotonic()
     output_dir, plan = Path(output_dir), read_effort(effort, "effort")
-    check_at_least_one("batch_size", batch_size)
+    check_at_least_one(batch_size=batch_size)
     check_output_dir(output_dir)
     student, image_processor, notes = load_student(str(model))
     original, their_processor, _ = load_model(str(teacher))

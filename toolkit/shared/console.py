@@ -115,6 +115,13 @@ def _flag_text(value: str) -> str:
     return schedule_name(parsed)
 
 
+def check_at_least_one(**values: int | None) -> None:
+    """Raises a `ValueError` that names the first argument below 1. None is one that was not given."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}={value}` must be at least 1.")
+
+
 def schedule_name(schedule: Any) -> str:
     """A pooling schedule, or another list, as you write it on the command line: `1,5,9`, or `none`."""
     if isinstance(schedule, list | tuple):

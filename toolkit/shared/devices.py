@@ -1,5 +1,7 @@
 """Which device computes, and how precisely it may."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -29,13 +31,13 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has units for bfloat16. On others it is emulated, which takes longer than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # PyTorch before 2.12 does not tell what a CPU can do.
+    # Older releases of PyTorch do not tell what a CPU can do.
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(unit) for unit in BFLOAT16_UNITS)
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
+def mixed_precision(device: torch.device) -> AbstractContextManager:
     """A context in which products are computed in bfloat16, on devices that have units for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else nullcontext()

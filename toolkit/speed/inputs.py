@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.utils import cached_file
 
 from hpool_vit import HPoolViTConfig
 from hpool_vit.configuration_hpool_vit import POOL_MODES
 
 from ..conversion.checkpoint import ConversionError
 from ..conversion.convert import convert
-from ..conversion.sources import is_checkpoint_file
+from ..conversion.sources import is_hpool_vit
 from ..conversion.vit import POOLING_DEFAULTS
-from ..shared.console import hub_id, schedule_name
+from ..shared.console import schedule_name
 from ..shared.folders import counted, escaped, list_images
 from ..shared.images import BadImageError, BadImages, decode_image, read_image
 from ..shared.saved_model import (
@@ -62,19 +60,6 @@ def load_model(name: str) -> tuple[nn.Module, Any, list[str]]:
         notes = [note.replace("pass `", "run `hpool-vit convert` first, with `") for note in report.notes]
         check_finite(name, model)
     return model.eval(), image_processor, notes
-
-
-def is_hpool_vit(name: str) -> bool:
-    if is_checkpoint_file(name):
-        return False
-    folder = Path(name)
-    if folder.is_dir() or hub_id(name) is None:
-        file = folder / "config.json"
-    else:
-        file = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
-    if file is None or not Path(file).is_file():
-        return False
-    return PreTrainedConfig.get_config_dict(str(file))[0].get("model_type") == HPoolViTConfig.model_type
 
 
 def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:

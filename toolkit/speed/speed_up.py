@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..command import PlainUsageCommand
 from ..inspection.stats import format_macs
 from ..recovery.effort import Effort, read_effort
-from ..shared.console import needs, schedule_name
+from ..shared.console import check_at_least_one, needs, schedule_name
 from ..shared.devices import choose_device
 from ..shared.figures import save_figure
 from ..shared.files import check_output_dir, folder_written_whole, read_json, write_json
@@ -218,15 +218,8 @@ def check_arguments(
         raise ValueError(f"`measure={measure}` is unknown: choose {' or '.join(MEASURES)}.")
     if minutes is not None and not 0 < minutes < math.inf:
         raise ValueError(f"`minutes={minutes}` must be more than 0.")
-    for name, value in {"trials": trials, "batch_size": batch_size}.items():
-        if value is not None:
-            check_at_least_one(name, value)
+    check_at_least_one(trials=trials, batch_size=batch_size)
     return list(dict.fromkeys(speeds))
-
-
-def check_at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"`{name}={value}` must be at least 1.")
 
 
 def check_reachable(speeds: list[float], measure: str, cost: Any, model: nn.Module) -> None:

@@ -10,15 +10,13 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import cached_file
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
 
 from ..conversion.image_processor import image_processor_for
-from ..conversion.sources import read_source
+from ..conversion.sources import is_hpool_vit, read_source
 from ..conversion.vit import convert_source
 from ..shared.console import parse_value
-from ..shared.files import read_json
 from .recipes import RecipeArguments, option, prepared_size
 
 
@@ -169,18 +167,6 @@ def start_from(
             config, image_mean=processor.image_mean, image_std=processor.image_std, **resize_for(config, recipe)
         )
     return model, processor, notes
-
-
-def is_hpool_vit(model_name_or_path: str) -> bool:
-    path = Path(model_name_or_path)
-    if path.is_file():
-        return False
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"`model_name_or_path={str(path)!r}` has no config.json: give the folder of a saved model.")
-    config = read_json(cached_file(model_name_or_path, "config.json"))
-    if not isinstance(config, dict):
-        raise ValueError(f"`model_name_or_path={str(path)!r}` has a config.json that is not a JSON object.")
-    return config.get("model_type") == HPoolViTConfig.model_type
 
 
 def freeze_trunk(model: HPoolViTForImageClassification):

@@ -1,5 +1,6 @@
 """What pooling costs is recovered without labels: `hpool-vit recover`, and `hpool-vit speed-up --recover`."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -48,7 +49,8 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def large_steps(monkeypatch):
-    """So that a few steps on few images change something."""
+    """So that a few steps on few images change something, and on all machines the same."""
+    monkeypatch.setattr(learning, "mixed_precision", lambda device: contextlib.nullcontext())
     for name in ("MERGING_RATE", "WINDOWS_RATE"):
         monkeypatch.setattr(learning, name, 5e-4)
     monkeypatch.setattr(learning, "EMA_DECAY", 0.9)
@@ -115,6 +117,20 @@ def test_the_second_view_is_mirrored_and_closer():
     row = second[0, 0, 16]
     assert (row.diff() < 0).all()
     assert row[0].item() == pytest.approx(1 - 1 / 16, abs=0.02) and row[-1].item() == pytest.approx(1 / 16, abs=0.02)
+
+
+def test_it_learns_in_bfloat16_where_that_is_fast_and_is_judged_in_float32(monkeypatch, tmp_path):
+    dtypes, given = [], learning.answer
+
+    def spied_answer(model, pixel_values):
+        answers = given(model, pixel_values)
+        dtypes.append((torch.is_grad_enabled(), answers.logits.dtype))
+        return answers
+
+    monkeypatch.setattr(learning, "answer", spied_answer)
+    monkeypatch.setattr(learning, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    make_recovery(Effort(epochs=2)).run(tmp_path / "recovery.pt", {})
+    assert set(dtypes) == {(True, torch.bfloat16), (False, torch.float32)}
 
 
 def test_speeds_share_weights_that_are_closer_to_the_original(original, photos, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 from helpers import tiny_model
 
 from hpool_vit import HPoolViTImageProcessor
-from hpool_vit.toolkit.training.model import is_hpool_vit, start_from
+from hpool_vit.toolkit.conversion.sources import is_hpool_vit
+from hpool_vit.toolkit.training.model import start_from
 from hpool_vit.toolkit.training.recipes import RecipeArguments, prepared_size
 
 
