@@ -19,6 +19,7 @@ from typing import Any
 from training_runs import Step, add_common_arguments, comparison, hpool_vit, run_all, training
 
 
+UNPOOLED, RECOVERED = "unpooled", "-recovered"
 # The merging schedules are those that `hpool-vit speed-up --faster 2.3 3` found on 128 photos for training of
 # flowers. Windows of the paper lie along the row of tokens; a window of the grid has 2 × 2 patches.
 MERGE: dict[str, dict[str, Any]] = {
@@ -29,7 +30,7 @@ ROW = {"pool_kernel_size": "3", "pool_stride": "2", "use_class_token": "false"}
 GRID = {"pool_kernel_size": "2,2", "pool_stride": "2,2", "use_class_token": "false"}
 # What `hpool-vit convert` is told, for each model.
 MODELS: dict[str, dict[str, Any]] = {
-    "unpooled": {"hvt_pool": "none"},
+    UNPOOLED: {"hvt_pool": "none"},
     **{
         f"merge-{speed}": {
             "pool_mode": "merge",
@@ -59,39 +60,40 @@ SETTINGS = {
 
 def plan(args: argparse.Namespace, further: list[str]) -> list[Step]:
     """The models are converted and recovered, then trained seed by seed, so that a stop leaves whole seeds."""
-    steps, starts = [], []
+    starts = args.output_dir / "starts"
 
-    def start(name: str, *words: Any, **flags: Any) -> Path:
-        folder = args.output_dir / "starts" / name
-        steps.append(Step(hpool_vit(*words, **flags, output_dir=folder), folder / "config.json"))
-        starts.append(folder)
-        return folder
+    def start(name: str, *words: Any, **flags: Any) -> Step:
+        folder = starts / name
+        return Step(hpool_vit(*words, **flags, output_dir=folder), folder / "config.json")
 
+    sources = dict.fromkeys(name.removesuffix(RECOVERED) for name in args.models)
+    steps = [start(name, "convert", args.vit, **MODELS[name]) for name in sources]
     for name in args.models:
-        folder = start(name, "convert", args.vit, **MODELS[name])
-        if args.effort and MODELS[name]["hvt_pool"] != "none":
-            start(f"{name}-recovered", "recover", folder, teacher=args.vit, images=args.train_dir, effort=args.effort)
-    settings = {**SETTINGS, "num_train_epochs": args.num_train_epochs, "train_dir": args.train_dir}
-    settings |= {"validation_dir": args.validation_dir}
+        if name.endswith(RECOVERED):
+            taught = {"teacher": args.vit, "images": args.train_dir, "effort": args.effort}
+            steps.append(start(name, "recover", starts / name.removesuffix(RECOVERED), **taught))
+    settings = {**SETTINGS, "num_train_epochs": args.num_train_epochs}
+    settings |= {"train_dir": args.train_dir, "validation_dir": args.validation_dir}
     return steps + [
-        training(args.output_dir, folder.name, seed, *further, **settings, model_name_or_path=folder)
+        training(args.output_dir, name, seed, *further, **settings, model_name_or_path=starts / name)
         for seed in args.seeds
-        for folder in starts
+        for name in args.models
     ]
 
 
 def main(argv: list[str] | None = None) -> None:
+    names = [*MODELS, *(name + RECOVERED for name in MODELS if name != UNPOOLED)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vit", required=True, help="a ViT that `hpool-vit convert` reads")
     parser.add_argument("--train_dir", type=Path, required=True, help="photos in folders named by their class")
     parser.add_argument("--validation_dir", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], metavar="NAME", help="default: all")
-    parser.add_argument("--effort", default="6", help="of each recovery, or '' for none (default: %(default)s epochs)")
+    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help="default: all")
+    parser.add_argument("--effort", default="6", help="of each recovery (default: %(default)s epochs)")
     parser.add_argument("--num_train_epochs", type=int, default=3, help="default: %(default)s")
     add_common_arguments(parser)
     args, further = parser.parse_known_args(argv)
     steps = plan(args, further)
-    run_all(steps, comparison(args.output_dir, steps, "unpooled"), args.dry_run)
+    run_all(steps, comparison(args.output_dir, steps, args.models[0]), args.dry_run)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ merging that is undone, and with pooling on the grid, each under a linear head.
 
 `--frozen` trains the head alone, on the maps of the trunk as it is: minutes instead of hours, and no choice of a
 training recipe in it. Without it the whole model is fine-tuned for `--epochs`; with `--head_first`, from such a head.
+A CPU with units for bfloat16 computes its products in that.
 
 `--speed` needs no data, and measures images per second and memory at each size instead. Run it on a quiet machine:
 
@@ -34,6 +35,7 @@ from hpool_vit.toolkit.dense.augmentation import train_pair_transform, validatio
 from hpool_vit.toolkit.dense.data import SegmentationDataset, load_masked_images, read_class_names
 from hpool_vit.toolkit.dense.evaluation import count_batch, mean_iou, resize_scores
 from hpool_vit.toolkit.dense.model import start_segmenter
+from hpool_vit.toolkit.shared.devices import mixed_precision
 from hpool_vit.toolkit.shared.measuring import time_in_turns
 from hpool_vit.toolkit.training.report import describe_hardware
 
@@ -155,7 +157,9 @@ def tune(args, name: str, seed: int) -> float:
     for epoch in range(args.epochs):
         for batch in tqdm(loader, desc=f"{name}, seed {seed}, epoch {epoch}", mininterval=10):
             optimizer.zero_grad()
-            model(**batch).loss.backward()
+            with mixed_precision(torch.device("cpu")):
+                loss = model(**batch).loss
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

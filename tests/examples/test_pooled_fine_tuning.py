@@ -39,7 +39,7 @@ def test_merging_leaves_as_many_tokens_as_the_table_says(speed):
 
 
 def test_every_pooled_model_is_trained_with_and_without_a_recovery(tmp_path, capsys):
-    words = ["--models", "unpooled", "max-row-3", "--seeds", "0", "1", "--bf16", "true"]
+    words = ["--models", "unpooled", "max-row-3", "max-row-3-recovered", "--seeds", "0", "1", "--bf16", "true"]
     *steps, comparison = plan(capsys, tmp_path, *words)
     assert [step[2] for step in steps] == ["convert", "convert", "recover", *["train"] * 6]
     starts = tmp_path / "starts"
@@ -53,10 +53,16 @@ def test_every_pooled_model_is_trained_with_and_without_a_recovery(tmp_path, cap
     assert [str(tmp_path / f"{name}-seed1") for name in names] == comparison[4:7]
 
 
-def test_without_an_effort_nothing_is_recovered(tmp_path, capsys):
-    steps = plan(capsys, tmp_path, "--effort", "", "--seeds", "0")
-    assert not any("recover" in " ".join(step) or "--bf16" in step for step in steps)
-    assert len(steps) == 2 * len(pooled_fine_tuning.MODELS) + 1
+def test_a_model_that_is_only_trained_after_its_recovery(tmp_path, capsys):
+    steps = plan(capsys, tmp_path, "--models", "avg-grid-3-recovered", "--seeds", "0", "--effort", "20m")
+    assert [step[2] for step in steps[:-1]] == ["convert", "recover", "train"]
+    assert "--effort 20m" in " ".join(steps[1]) and "--bf16" not in steps[2]
+
+
+def test_all_models_are_trained_by_default(tmp_path, capsys):
+    *steps, _ = plan(capsys, tmp_path)
+    counts = {kind: [step[2] for step in steps].count(kind) for kind in ("convert", "recover", "train")}
+    assert counts == {"convert": 11, "recover": 10, "train": 63}
 
 
 def test_what_is_finished_is_not_repeated(tmp_path, monkeypatch):
