@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from hpool_vit.pooling_hpool_vit import POOLINGS
 
 from ..shared.console import needs, one_line
-from ..shared.devices import mixed_precision
+from ..shared.devices import has_bfloat16, mixed_precision
 from ..shared.files import written_whole
 from ..speed.evaluation import losses_of, rounded
 from .effort import Effort
@@ -320,4 +320,5 @@ def teach(
     recovery = Recovery(model, lessons, held_back, schedules, effort, settings["seed"])
     made_with = settings | {"schedules": schedules, "effort": vars(effort), "pool": len(pixel_values)}
     result = recovery.run(file, made_with, on_progress)
-    return {"images": len(lessons), "held_back": num_held_back, "effort": vars(effort), **vars(result)}
+    about = {"images": len(lessons), "held_back": num_held_back, "effort": vars(effort)}
+    return about | {"learned_in": "bfloat16" if has_bfloat16(model.device) else "float32"} | vars(result)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..conversion.sources import is_hpool_vit
 from ..hub.card import write_model_card
 from ..inspection.stats import format_macs, model_stats
-from ..shared.console import check_at_least_one, hub_id, schedule_name
+from ..shared.console import check_at_least_one, schedule_name
 from ..shared.devices import choose_device
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.folders import counted
@@ -24,7 +24,7 @@ from ..shared.saved_model import SavedModelError, check_complete, segments
 from ..speed.costs import MacsCost
 from ..speed.evaluation import Evaluator, rounded
 from ..speed.inputs import ENOUGH_IMAGES, Photos, load_as_saved, load_model, load_photos, read_pool
-from ..speed.report import describe_images, describe_machine, differences_as_numbers, loss_name
+from ..speed.report import describe_images, describe_machine, differences_as_numbers, facts_for_card, loss_name
 from ..speed.speed_up import BAR, Progress
 from ..speed.trials import fingerprint
 from .effort import read_effort
@@ -241,12 +241,7 @@ def write(output_dir: Path, model: nn.Module, image_processor: Any, record: dict
         write_json(folder / RECORD, record)
         write_model_card(
             folder,
-            model=model,
-            label_names=[str(model.config.id2label[index]) for index in range(model.config.num_labels)],
-            data={"name": Path(photos.folder).resolve().name, "split": f"{images['held_back']} images held back"},
-            results={"top1": first["accuracy"]} if "accuracy" in first else {},
-            hardware=record["machine"],
-            base_model=record["model"] if hub_id(record["model"]) else None,
+            **facts_for_card(model, record, first.get("accuracy")),
             teacher=record["teacher"],
             tables={"Recovery": f"{table(record)}\n\n{explain(record)}"},
             bad_images=photos.bad_images.summary() if images["skipped"] else None,

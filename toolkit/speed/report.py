@@ -209,19 +209,25 @@ def explain_recovery(recovery: dict[str, Any]) -> str:
     )
 
 
-def write_card(folder: Path, model: nn.Module, record: dict[str, Any], bad_images: str | None) -> None:
+def facts_for_card(model: nn.Module, record: dict[str, Any], accuracy: float | None) -> dict[str, Any]:
+    """What the model card says of a model, its source, and the images that it was measured on."""
     images = record["images"]
-    labels = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    return {
+        "model": model,
+        "label_names": [str(model.config.id2label[index]) for index in range(model.config.num_labels)],
+        "data": {"name": Path(images["folder"]).resolve().name, "split": f"{images['held_back']} images held back"},
+        "results": {} if accuracy is None else {"top1": accuracy},
+        "hardware": record["machine"],
+        "base_model": record["model"] if hub_id(record["model"]) else None,
+    }
+
+
+def write_card(folder: Path, model: nn.Module, record: dict[str, Any], bad_images: str | None) -> None:
     accuracy = record["speeds"][speed_name(record["default"])].get("accuracy")
     speeds = ", ".join(["1", *record["speeds"]])
     write_model_card(
         folder,
-        model=model,
-        label_names=labels,
-        data={"name": Path(images["folder"]).resolve().name, "split": f"{images['held_back']} images held back"},
-        results={} if accuracy is None else {"top1": accuracy},
-        hardware=record["machine"],
-        base_model=record["model"] if hub_id(record["model"]) else None,
+        **facts_for_card(model, record, accuracy),
         tables={
             "Speeds": f"`model.set_speed(…)`, or `from_pretrained(…, speed=…)`, takes {speeds}; the folder opens at "
             f"{speed_name(record['default'])}.\n\n{table(record)}\n\n{explain(record)}"
