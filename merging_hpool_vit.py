@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
 class Groups(NamedTuple):
     """
     Which tokens stay, and which join them.
@@ -150,7 +153,9 @@ class ImportanceRule(DistanceRule):
                 1 / source_weights.unsqueeze(2) + 1 / distances.target_weights.unsqueeze(1)
             )
             loss, match = losses.min(-1)
-            joining = loss.masked_fill(joined_before, torch.inf).topk(number, largest=False).indices
+            # Not a number would rank behind infinity, and tokens would join twice.
+            loss = loss.nan_to_num(nan=LARGEST, posinf=LARGEST).masked_fill(joined_before, torch.inf)
+            joining = loss.topk(number, largest=False).indices
             joined = match.gather(1, joining)
             roots = redirect(roots, joining, joined)
             if turn < len(numbers):

@@ -4,6 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from os import PathLike
+from pathlib import Path
 from typing import Any, Unpack, cast
 
 import torch
@@ -96,9 +97,9 @@ class HPoolViTEmbeddings(nn.Module):
 
     @property
     def like(self) -> torch.Tensor:
-        """A parameter with the model's type and device."""
+        """A parameter with the model's type and device; if possible, not of a projection, which may be quantised."""
         weight: torch.Tensor = self.patch_embeddings.get_parameter("projection.weight")
-        return weight if self.position_embeddings is None else self.position_embeddings
+        return next((token for token in (self.position_embeddings, self.cls_token) if token is not None), weight)
 
     def check_input(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool) -> None:
         """Raises a `ValueError` that names the problem with `pixel_values` and the remedy."""
@@ -305,7 +306,7 @@ class HPoolViTAttention(nn.Module):
         """
         patches, query = hidden_states[:, num_prefix_tokens:], self.q_proj(hidden_states[:, :1])
         scaling = self.scaling * self.head_dim / query.shape[-1]
-        if not self.config.importance_needs_keys and type(self.k_proj) is nn.Linear:
+        if not self.config.importance_needs_keys and self.has_key_weight_on(patches.device):
             # q · (W x) = (Wᵀ q) · x: the sum over all heads needs no keys.
             return (patches @ (query @ self.k_proj.weight).transpose(1, 2)).squeeze(2).float() * scaling
         query, key = (
@@ -313,8 +314,13 @@ class HPoolViTAttention(nn.Module):
             for norm, states in ((self.q_norm, query), (self.k_norm, self.k_proj(patches)))
         )
         if position_embeddings is not None:
-            key = rotate(key, *(part[:, :, num_prefix_tokens:] for part in position_embeddings))
+            key = rotate(key, *(part[:, :, num_prefix_tokens:].to(key.device) for part in position_embeddings))
         return (query * key).sum((1, 3)).float() * scaling
+
+    def has_key_weight_on(self, device: torch.device) -> bool:
+        """Whether the weight can be read, as it is. Adapters, offloading and sharding let only the projection run."""
+        is_plain = type(self.k_proj) is nn.Linear and self.k_proj.weight.device == device
+        return is_plain and self.k_proj.weight.shape == self.q_proj.weight.shape
 
 
 class HPoolViTMLP(nn.Module):
@@ -431,7 +437,8 @@ class HPoolViTLayer(GradientCheckpointingLayer):
             unshard()
         states = tokens.hidden_states.detach().to(self.layernorm_before.weight.dtype)
         states = self.attention_input(states)
-        return self.attention.log_importance(states, tokens.num_prefix_tokens, position_embeddings)
+        importance = self.attention.log_importance(states, tokens.num_prefix_tokens, position_embeddings)
+        return importance.to(tokens.hidden_states.device)  # the block may lie on another one
 
     def attention_branch(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.drop_path(self.layer_scale1(self.attention(hidden_states, **kwargs)[0]))
@@ -665,8 +672,19 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
 
     def change_schedule(self, **fields: Any) -> None:
         """Gives the configuration these fields, as [`HPoolViTConfig.change_schedule`], and builds new stages."""
+        if self.base_model.embeddings.like.is_meta:
+            self.check_not_offloaded(self.config.with_schedule(**fields))
         self.config.change_schedule(**fields)
         self.add_stages()
+
+    def check_not_offloaded(self, config: HPoolViTConfig) -> None:
+        """Raises a `ValueError` if the configuration needs a new stage that Accelerate would not know of."""
+        new = [block for block in config.hvt_pool or [] if str(block) not in self.base_model.pooling]
+        if new and config.has_stage_positions and any(hasattr(module, "_hf_hook") for module in self.modules()):
+            raise ValueError(
+                f"`hvt_pool={config.hvt_pool}` needs a new stage, which has no place while weights are offloaded: "
+                "give the schedule to `from_pretrained`, as `hvt_pool`, or change it before you dispatch the model."
+            )
 
     def add_stages(self) -> None:
         """Builds the stages that a changed schedule needs."""
@@ -708,10 +726,12 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
                 HPoolViTForSemanticSegmentation,
             )
         }
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        # Transformers copies the code of the model's own class, which may be a user's subclass.
-        if is_main_process:
+        # Transformers copies the code of the model's own class, which may be a user's subclass. What it pushes to the
+        # Hub must be there before.
+        if is_main_process and not Path(save_directory).is_file():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
             custom_object_save(HPoolViTForImageClassification, save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 
 def rename_earlier_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
@@ -969,6 +989,7 @@ class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
         channels = config.feature_pyramid_size
         self.num_features = [channels or config.hidden_size] * len(config.stage_names)
         self.pyramid = HPoolViTFeaturePyramid(config, channels) if channels else None
+        self.first_unread = config.num_hidden_layers
         self.post_init()
         self.freeze_unread_blocks()
 
@@ -989,9 +1010,14 @@ class HPoolViTBackbone(BackboneMixin, HPoolViTPreTrainedModel):
         decay would wear it out.
         """
         stop = max(self.map_indices)
-        stages = [stage for block, stage in self.hpool_vit.pooling.items() if int(block) >= stop]
-        for module in (*self.hpool_vit.layers[stop:], *stages):
-            module.requires_grad_(False)
+        for block, layer in enumerate(self.hpool_vit.layers):
+            stages = [self.hpool_vit.pooling[str(block)]] if str(block) in self.hpool_vit.pooling else []
+            for module in (layer, *stages):
+                if block >= stop:
+                    module.requires_grad_(False)
+                elif block >= self.first_unread:  # it was frozen here, and other maps are read now
+                    module.requires_grad_(True)
+        self.first_unread = stop
 
     def add_stages(self) -> None:
         super().add_stages()

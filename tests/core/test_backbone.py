@@ -142,6 +142,14 @@ class TestEarlyMaps:
         model = HPoolViTBackbone.from_pretrained(tmp_path, out_indices=[4])
         assert all(parameter.requires_grad for parameter in model.parameters())
 
+    def test_blocks_learn_again_once_other_maps_are_chosen(self, pixel_values):
+        model = backbone(**GRID, out_indices=[1])
+        model.out_indices = [3]
+        model.train()(pixel_values).feature_maps[0].square().sum().backward()
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert learning == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert "hpool_vit.layers.2.mlp.fc1.weight" in learning
+
     def test_a_stage_that_is_added_after_the_last_map_does_not_learn(self):
         model = backbone(**GRID, out_indices=[2])
         model.set_hvt_pool([1, 2])

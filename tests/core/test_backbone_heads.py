@@ -19,7 +19,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from hpool_vit import HPoolViTBackbone, HPoolViTConfig
+from hpool_vit import HPoolViTBackbone, HPoolViTConfig, HPoolViTForSemanticSegmentation
 from hpool_vit.toolkit import load_backbone
 
 
@@ -242,6 +242,14 @@ class TestLoadBackbone:
         with pytest.raises(ValueError, match=r"embeddings.position_embeddings has the shape \(1, 144, 32\) there"):
             load_backbone(backbone, tmp_path)
         assert all(torch.equal(weight, before[name]) for name, weight in backbone.state_dict().items())
+
+    def test_our_own_segmenter_has_one(self, tmp_path):
+        trained = tiny_model(**MERGE)
+        trained.save_pretrained(tmp_path)
+        segmenter = HPoolViTForSemanticSegmentation(tiny_config(**MERGE))
+        assert load_backbone(segmenter, tmp_path).missing == ["decode_head.weight", "decode_head.bias"]
+        weights = (model.hpool_vit.layers[0].mlp.fc1.weight for model in (trained, segmenter))
+        torch.testing.assert_close(*weights)
 
     def test_a_model_without_such_a_backbone_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="Linear has 0 HPool-ViT backbones"):

@@ -53,6 +53,13 @@ class TestRoots:
         expected = [plain_roots(*image, num_merged, 4) for image in zip(tokens, weights, strict=True)]
         assert roots.tolist() == expected
 
+    @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+    def test_tokens_that_are_not_finite_merge_as_often(self, wrong):
+        tokens = torch.randn(2, 16, 5)
+        tokens[1, 5:] = wrong
+        roots = ImportanceRule().find_roots(tokens, torch.ones(2, 16), 7)
+        assert (roots != torch.arange(16)).sum(1).tolist() == [7, 7]
+
     def test_a_merge_with_an_important_token_costs_more(self):
         tokens = torch.tensor([0.0, 1.0, 10.0, 11.1])[None, :, None]
         rule = ImportanceRule()

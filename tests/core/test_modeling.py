@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from helpers import tiny_config, tiny_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -515,8 +516,17 @@ def test_the_units_that_stay_whole_are_modules_of_the_model_and_not_nested(ln_or
     assert model.get_input_embeddings() is model.hpool_vit.embeddings
 
 
-def test_device_map_spreads_the_blocks_and_gives_the_same_logits(tmp_path, pixel_values):
-    plain = tiny_model(use_class_token=True, layer_scale_init_value=0.5)
+# The class token's attention is computed outside the block, where the weights of an offloaded one are not there.
+OFFLOADED = {
+    "max": {},
+    "importance": {"pool_mode": "merge", "merge_rule": "importance", "proportional_attention": True},
+    "rotary": {"pool_mode": "merge", "merge_rule": "importance", "rope_theta": 100.0},
+}
+
+
+@pytest.mark.parametrize("fields", OFFLOADED.values(), ids=OFFLOADED)
+def test_device_map_spreads_the_blocks_and_gives_the_same_logits(tmp_path, pixel_values, fields):
+    plain = tiny_model(use_class_token=True, layer_scale_init_value=0.5, **fields)
     plain.save_pretrained(tmp_path)
     mapped = HPoolViTForImageClassification.from_pretrained(
         tmp_path, device_map="auto", max_memory={"cpu": "60KB"}, offload_folder=tmp_path / "offload"
@@ -524,6 +534,28 @@ def test_device_map_spreads_the_blocks_and_gives_the_same_logits(tmp_path, pixel
     assert {"cpu", "disk"} <= set(mapped.hf_device_map.values())
     with torch.no_grad():
         torch.testing.assert_close(mapped(pixel_values).logits, plain(pixel_values).logits)
+
+
+@pytest.mark.parametrize("fields", OFFLOADED.values(), ids=OFFLOADED)
+@torch.no_grad()
+def test_offloaded_weights_give_the_same_logits(pixel_values, fields):
+    model = tiny_model(use_class_token=True, **fields)
+    expected = model(pixel_values).logits
+    cpu_offload(model, torch.device("cpu"))
+    torch.testing.assert_close(model(pixel_values).logits, expected)
+
+
+@torch.no_grad()
+def test_offloaded_weights_take_new_stages_without_weights_and_no_others(pixel_values):
+    merging, pooling = tiny_model(**OFFLOADED["importance"], use_class_token=True), tiny_model()
+    expected = pooling(pixel_values).logits
+    for model in (merging, pooling):
+        cpu_offload(model, torch.device("cpu"))
+    merging.set_hvt_pool([2])
+    assert merging(pixel_values).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"`hvt_pool=\[2\]` needs a new stage, which has no place"):
+        pooling.set_hvt_pool([2])
+    torch.testing.assert_close(pooling(pixel_values).logits, expected)
 
 
 def test_a_field_changed_to_nonsense_after_the_configuration_was_made_is_refused_by_the_model():

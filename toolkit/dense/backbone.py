@@ -57,7 +57,12 @@ def load_backbone(head: nn.Module, folder: str | Path) -> BackboneReport:
         ValueError: if the head has no such backbone or several, or if the folder's model differs from it in a field or
             in the shape of a weight; the message names them.
     """
-    backbones = [module for module in head.modules() if type(module).__name__ == HPoolViTBackbone.__name__]
+    # By name, because `trust_remote_code` loads classes of its own.
+    backbones = [
+        module
+        for module in head.modules()
+        if any(base.__name__ == HPoolViTBackbone.__name__ for base in type(module).__mro__)
+    ]
     if len(backbones) != 1:
         raise ValueError(
             f"The model {type(head).__name__} has {len(backbones)} HPool-ViT backbones: give one with one."

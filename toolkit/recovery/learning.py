@@ -176,7 +176,7 @@ class Recovery:
         return passed or self.share >= 1
 
     def learn(self) -> float:
-        """One step; returns its loss."""
+        """One step; returns its loss, which is not finite if the weights stay because of that."""
         step, draw = self.progress.step, random.Random(f"{self.seed} {self.progress.step}")
         epoch, place = divmod(step, self.steps_per_epoch)
         order = torch.randperm(len(self.lessons), generator=torch.Generator().manual_seed(self.seed + epoch))
@@ -191,7 +191,9 @@ class Recovery:
             said = answer(self.model, pixel_values)
         loss = self.loss(said, taught)
         (self.weight(drawn) * loss).backward()
-        nn.utils.clip_grad_norm_(self.average.parameters.values(), MAX_GRAD_NORM)
+        norm = nn.utils.clip_grad_norm_(self.average.parameters.values(), MAX_GRAD_NORM)
+        if not norm.isfinite():
+            return math.nan
         self.optimizer.step()
         # Shorter at first, so that little is left of the weights that it began with.
         self.average.update_averages = get_ema_multi_avg_fn(min(EMA_DECAY, (1 + step) / (10 + step)))
@@ -200,7 +202,9 @@ class Recovery:
 
     def weight(self, drawn: int) -> float:
         """Makes what each schedule lost at first count alike, so that the fastest one does not decide alone."""
-        first = [max(loss, 1e-9) for loss in self.progress.checks[0]["losses"]]
+        losses = self.progress.checks[0]["losses"]
+        # What is far below the others is mostly rounding.
+        first = [max(loss, 1e-3 * max(losses), 1e-9) for loss in losses]
         return sum(first) / len(first) / first[drawn]
 
     def rate_factor(self) -> float:
@@ -276,7 +280,8 @@ class Recovery:
     def resume(self, file: Path, made: str) -> bool:
         """Goes on where a killed run stopped, if it was made with the same."""
         try:
-            state = torch.load(file, map_location=self.model.device, weights_only=True)
+            # AdamW would wait for the device in each step if it counted them there.
+            state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # torch.load raises whatever a damaged file leads it to
             return False
         if state["made_with"] != made:
@@ -284,7 +289,7 @@ class Recovery:
         self.progress = RecoveryState(**state["progress"])
         self.load(state["weights"])
         self.average.load_state_dict(state["averages"])
-        self.kept = state["kept"]
+        self.kept = {name: weight.to(self.model.device) for name, weight in state["kept"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         return True
 
@@ -318,7 +323,7 @@ def teach(
     num_held_back = min(math.ceil(len(pixel_values) * HELD_BACK), MOST_HELD_BACK)
     held_back, lessons = (Lessons(teacher, part) for part in pixel_values.tensor_split([num_held_back]))
     recovery = Recovery(model, lessons, held_back, schedules, effort, settings["seed"])
-    made_with = settings | {"schedules": schedules, "effort": vars(effort), "pool": len(pixel_values)}
+    about = {"effort": vars(effort), "learned_in": "bfloat16" if has_bfloat16(model.device) else "float32"}
+    made_with = settings | about | {"schedules": schedules, "pool": len(pixel_values)}
     result = recovery.run(file, made_with, on_progress)
-    about = {"images": len(lessons), "held_back": num_held_back, "effort": vars(effort)}
-    return about | {"learned_in": "bfloat16" if has_bfloat16(model.device) else "float32"} | vars(result)
+    return {"images": len(lessons), "held_back": num_held_back} | about | vars(result)

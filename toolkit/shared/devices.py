@@ -30,7 +30,8 @@ def choose_device(name: str | None) -> torch.device:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has units for bfloat16. On others it is emulated, which takes longer than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     # Older releases of PyTorch do not tell what a CPU can do.
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False

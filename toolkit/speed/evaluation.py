@@ -116,6 +116,11 @@ class Evaluator:
         size = len(self.pixel_values) * num_tokens * config.hidden_size * num_streams * 4
         return min(max_cache_bytes // size, config.num_hidden_layers - 1)
 
+    def forget(self) -> None:
+        """Gives back the memory of what is known; it would be computed again."""
+        self.known.clear()
+        self.references.clear()
+
     def batches(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Bounds of batches. Those of any two calls are the same or apart if their starts and ends are."""
         for first in range(start, end, self.batch_size):

@@ -193,7 +193,11 @@ def read_pool(photos: Photos, image_processor: Any) -> torch.Tensor:
     """
     num_more = MOST_TO_LEARN_FROM - photos.num_searched
     _, more = read_photos(photos.rest, image_processor, num_more, photos.bad_images, torch.float16)
-    pool = torch.cat([photos.pixel_values[: photos.num_searched].to(torch.float16), *more])
+    searched = photos.pixel_values[: photos.num_searched]
+    pool = searched.new_empty(len(searched) + len(more), *searched.shape[1:], dtype=torch.float16)
+    pool[: len(searched)] = searched
+    for index in reversed(range(len(searched), len(pool))):
+        pool[index] = more.pop()[0]  # which gives its memory back: together they are as large as the pool
     if len(pool) < FEWEST_TO_LEARN_FROM:
         raise ValueError(
             f"`images={photos.folder}` leaves {counted(len(pool), 'image')} to learn from: `recover` needs "

@@ -33,13 +33,19 @@ def interval(losses: torch.Tensor) -> list[float]:
 
 
 def measure(
-    model: nn.Module, photos: Photos, macs: MacsCost, chosen: dict[float, Schedule], batch_size: int
+    model: nn.Module,
+    timed: nn.Module,
+    photos: Photos,
+    macs: MacsCost,
+    chosen: dict[float, Schedule],
+    batch_size: int,
 ) -> dict[str, Any]:
     """
     Measures speeds on the images that were held back.
 
     Args:
-        model: the model; its schedule changes.
+        model: the model in float32; its schedule changes.
+        timed: the model in the type that it is used in; its schedule changes.
         photos: all images.
         macs: counts the multiply-accumulates.
         chosen: a schedule for each speed.
@@ -52,8 +58,8 @@ def measure(
     evaluator = Evaluator(model, photos.held_back, batch_size)
     labels = photos.labels_held_back(model.config.id2label)
     schedules = [(), *chosen.values()]
-    batch = photos.held_back[:batch_size].to(model.device, model.dtype)
-    seconds = seconds_per_image(model, batch, schedules)
+    batch = photos.held_back[:batch_size].to(timed.device, timed.dtype)
+    seconds = seconds_per_image(timed, batch, schedules)
     rows = []
     for schedule, time in zip(schedules, seconds, strict=True):
         fields = schedule_fields(schedule, macs.num_patches)
@@ -190,8 +196,8 @@ def explain(record: dict[str, Any]) -> str:
     return (
         f"Measured on {images['held_back']} images that the search did not see, of the folder "
         f"{Path(images['folder']).resolve().name}; the search used {images['searched']} others. {what}, with the 95 % "
-        f"interval of its mean. The images per second were measured in turns, in batches of {record['batch_size']}, "
-        f"with {counted(record['machine']['torch_threads'], 'thread')} of "
+        f"interval of its mean. The images per second were measured in turns, in {record['timed_in']} and batches of "
+        f"{record['batch_size']}, with {counted(record['machine']['torch_threads'], 'thread')} of "
         f"{record['machine']['cpu'] or 'an unknown CPU'}"
         + (f" and {record['machine']['gpu']}." if record["machine"]["gpu"] else ".")
         + (f" {explain_recovery(record['recovery'])}" if "recovery" in record else "")

@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from .evaluation import Evaluator, rounded
@@ -137,7 +137,8 @@ class Search:
         try:
             best = self.choose_start(candidates)
             for share in SHARES:
-                best = self.descend(fitter, limit, best, share, order)
+                for better in self.descend(fitter, limit, best, share, order):
+                    best = better  # at once, because the next step may find the budget spent
         except BudgetSpent:
             best = best or self.most_tried(candidates)
             # It may not have met all images yet.
@@ -146,8 +147,10 @@ class Search:
             self.budget.share = share_before
         return best
 
-    def descend(self, fitter: Fitter, limit: float, best: Schedule, share: float, order: random.Random) -> Schedule:
-        """Moves to better neighbours until there are none."""
+    def descend(
+        self, fitter: Fitter, limit: float, best: Schedule, share: float, order: random.Random
+    ) -> Iterator[Schedule]:
+        """The better neighbours that it moves to, one after the other, until there are none."""
         improved = True
         while improved:
             improved = False
@@ -157,8 +160,8 @@ class Search:
                 chosen = self.choose(neighbours[start : start + GROUP], best)
                 if chosen is not None:
                     best, improved = chosen, True
+                    yield best
                     break
-        return best
 
     def fitted(self, fitter: Fitter, limit: float, candidates: Iterable[Parts]) -> list[Schedule]:
         """The candidates that can reach the limit, each once."""

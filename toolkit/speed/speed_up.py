@@ -113,6 +113,8 @@ def speed_up(
     network, image_processor, notes = load_model(str(model))
     dtype = network.dtype
     network.to(choose_device(device), torch.float32)
+    # Losses are measured in float32, and time in what the folder is saved in.
+    timed = network if dtype == torch.float32 else copy.deepcopy(network).to(dtype)
     photos = load_photos(images, image_processor, num_images, seed)
     pool = None if effort is None else read_pool(photos, image_processor)
     macs = MacsCost(network.config)
@@ -120,19 +122,20 @@ def speed_up(
         check_reachable(speeds, measure, macs, network)
     settings = {"model": fingerprint(network), "config": network.config.to_json_string(), "images": photos.files}
     settings |= {"measure": measure, "batch_size": batch_size, "seed": seed}
-    settings |= {"device": describe_machine(network.device)} if measure == "time" else {}
+    settings |= {"device": describe_machine(network.device), "dtype": str(dtype)} if measure == "time" else {}
     log = TrialLog(working_place(output_dir) / "trials.jsonl", settings)
     cost = macs
     if measure == "time":
-        cost = time_cost(network, photos, macs, log, batch_size)
+        cost = time_cost(timed, photos, macs, log, batch_size)
         check_reachable(speeds, measure, cost, network)
     minutes = MINUTES if minutes is None and trials is None else minutes
     with tqdm(total=100, desc="searching", unit="%", disable=not show_progress, bar_format=BAR) as bar:
         budget = Budget(None if minutes is None else 60 * minutes, trials, Progress(bar))
         evaluator = Evaluator(network, photos.pixel_values[: photos.num_searched], batch_size)
         search = Search(evaluator, log, budget, max(network.config.num_hidden_layers // 2, 4), seed)
-        chosen = search_all(search, cost, sorted(speeds), batch_size)
+        chosen = search_all(search, cost, sorted(speeds), timed, batch_size)
         bar.update(bar.total - bar.n)
+        evaluator.forget()
     chosen = {speed: chosen[speed] for speed in speeds}
     record = {
         "model": str(model),
@@ -143,7 +146,8 @@ def speed_up(
         "default": speeds[0],
         "images": {**describe_images(photos), "searched": photos.num_searched},
         "machine": describe_machine(network.device),
-        **measure_speeds(network, photos, macs, chosen, batch_size),
+        "timed_in": str(dtype).removeprefix("torch."),
+        **measure_speeds(network, timed, photos, macs, chosen, batch_size),
         "tried": describe_search(search, cost, macs),
         "trials": budget.used_trials,
         "seconds": rounded(time.monotonic() - start),
@@ -260,28 +264,29 @@ def time_cost(model: nn.Module, photos: Photos, macs: MacsCost, log: TrialLog, b
     return TimeCost(macs, [(tuple(map(tuple, schedule)), seconds) for schedule, seconds in read_json(file)])
 
 
-def search_all(search: Search, cost: Any, speeds: list[float], batch_size: int) -> dict[float, Schedule]:
+def search_all(
+    search: Search, cost: Any, speeds: list[float], timed: nn.Module, batch_size: int
+) -> dict[float, Schedule]:
     """The best schedule for each speed. Each gets an equal part of the budget, and what the speeds before it left."""
-    model, chosen = search.evaluator.model, {}
-    fitter = fitter_for(cost, model)
+    chosen: dict[float, Schedule] = {}
+    fitter = fitter_for(cost, timed)
     for number, speed in enumerate(speeds, start=1):
         search.budget.share = number / len(speeds)
         limit = cost.unpooled / speed
         found = search.find(fitter, limit, chosen.values())
         if cost.name == "time":
-            found = corrected(search, fitter, limit, found, speed, batch_size)
+            found = corrected(search, fitter, limit, found, speed, timed, batch_size)
         chosen[speed] = found
     return chosen
 
 
 def corrected(
-    search: Search, fitter: Fitter, limit: float, found: Schedule, speed: float, batch_size: int
+    search: Search, fitter: Fitter, limit: float, found: Schedule, speed: float, timed: nn.Module, batch_size: int
 ) -> Schedule:
     """Lowers the limit until the schedule is as fast as wanted, because the time of a schedule is only estimated."""
-    model = search.evaluator.model
-    batch = search.evaluator.pixel_values[:batch_size].to(model.device, model.dtype)
+    batch = search.evaluator.pixel_values[:batch_size].to(timed.device, timed.dtype)
     for _ in range(MAX_CORRECTIONS):
-        without, seconds = seconds_per_image(model, batch, [(), found])
+        without, seconds = seconds_per_image(timed, batch, [(), found])
         if without / seconds >= TIME_TOLERANCE * speed:
             break
         limit *= without / seconds / speed

@@ -264,6 +264,26 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_weights_so_far(tmp_path
     assert recovery.losses() == pytest.approx(result.after, rel=1e-3)
 
 
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path, monkeypatch):
+    loss = Recovery.loss
+    monkeypatch.setattr(Recovery, "loss", lambda self, *answers: loss(self, *answers) * math.nan)
+    recovery = make_recovery(Effort(epochs=2))
+    before = {name: weight.clone() for name, weight in recovery.model.state_dict().items()}
+    assert math.isnan(recovery_of_one_check(recovery).learn())
+    assert all(torch.equal(weight, before[name]) for name, weight in recovery.model.state_dict().items())
+
+
+def recovery_of_one_check(recovery: Recovery) -> Recovery:
+    recovery.progress.checks.append(recovery.describe(recovery.losses()))
+    return recovery
+
+
+def test_what_is_hardly_lost_does_not_decide_alone():
+    recovery = recovery_of_one_check(make_recovery(Effort(epochs=2)))
+    recovery.progress.checks[0]["losses"] = [1e-8, 0.2]
+    assert recovery.weight(0) == pytest.approx(0.1 / 2e-4, rel=0.01)
+
+
 def test_nothing_of_a_killed_recovery_is_left(tmp_path):
     file = tmp_path / ".recovered.recover" / "recovery.pt"
     file.parent.mkdir()

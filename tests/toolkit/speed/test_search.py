@@ -10,7 +10,7 @@ from helpers import tiny_model
 from hpool_vit.toolkit.speed.costs import MacsCost
 from hpool_vit.toolkit.speed.evaluation import Evaluator, losses_of
 from hpool_vit.toolkit.speed.schedules import Fitter, schedule_fields, seeds
-from hpool_vit.toolkit.speed.search import Budget, Search, Tried
+from hpool_vit.toolkit.speed.search import Budget, BudgetSpent, Search, Tried
 from hpool_vit.toolkit.speed.trials import TrialLog, fingerprint
 
 
@@ -100,6 +100,19 @@ def test_the_result_keeps_the_limit_and_loses_no_more_than_the_seeds_that_met_al
     assert len(met) > 1 and all(whole[best] <= whole[seed] for seed in met)
     expected = Evaluator(tiny_model(**MERGE), images).evaluate(schedule_fields(best, 64))
     assert whole[best] == pytest.approx(expected.loss, rel=1e-3)
+
+
+def test_a_budget_that_ends_after_a_step_to_a_better_neighbour_leaves_this_one(images, tmp_path, monkeypatch):
+    search, steps = searching(images, tmp_path / "trials.jsonl"), []
+
+    def choose(candidates, best):
+        if steps:
+            raise BudgetSpent
+        steps.append(next(schedule for schedule in candidates if schedule != best))
+        return steps[0]
+
+    monkeypatch.setattr(search, "choose", choose)
+    assert find(search, 1.5) == steps[0]
 
 
 def test_only_a_gain_beyond_chance_counts():
