@@ -41,6 +41,9 @@ PYRAMID = ("p2", "p3", "p4", "p5")
 # What `hvt_pool` may be.
 Schedule = list[int] | tuple[int, ...] | None
 
+# Fields that decide where stages are, and how many axes they have.
+RESHAPES_STAGES = {"hvt_pool", "hvt_pool_choices", "pool_kernel_size", "pool_stride"}
+
 # How many tokens there are: `(num_tokens,)` in a row, or `(rows, columns)` on a grid.
 Shape = tuple[int, ...]
 
@@ -428,9 +431,13 @@ class HPoolViTConfig(BackboneConfigMixin, PreTrainedConfig):
             kwargs |= cls(**config_dict).fields_of_speed(speed)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        if {"hvt_pool", "hvt_pool_choices"} & kwargs.keys() and "stages" not in kwargs:
-            # The weights are those of the saved configuration, and the model needs a place for them.
-            config.stages = config._stages_to_keep(cls(**config_dict), drop_unneeded="hvt_pool_choices" in kwargs)
+        if kwargs.keys() & RESHAPES_STAGES and "stages" not in kwargs:
+            saved = cls(**config_dict)
+            if len(saved.pool_window[0]) != len(config.pool_window[0]):
+                config.stages = None  # weights of stages along the row do not fit a grid
+            elif kwargs.keys() & {"hvt_pool", "hvt_pool_choices"}:
+                # The weights are those of the saved configuration, and the model needs a place for them.
+                config.stages = config._stages_to_keep(saved, drop_unneeded="hvt_pool_choices" in kwargs)
         # The overrides in `kwargs` were assigned one by one, and must fit each other.
         config.validate()
         return result

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import warnings
+from collections.abc import Sequence
 from io import BytesIO
 from os import PathLike
 from os.path import isfile
@@ -34,6 +35,8 @@ MAX_ASPECT_RATIO = 64
 
 # A download that is larger is not an image for a model.
 MAX_DOWNLOAD_BYTES = 2**30
+# Scores of classes at the size of a photo that are held at a time, of 4 bytes each.
+MOST_RESIZED_SCORES = 2**26
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
 # By the type of an array, the ranges in which its largest value may lie, and the value of white: the end of the range.
@@ -116,24 +119,15 @@ class HPoolViTImageProcessing(BaseImageProcessor):
         Raises:
             ValueError: if there are not as many sizes as images.
         """
-        scores = list(outputs.logits)
-        if target_sizes is not None:
-            if len(target_sizes) != len(scores):
-                raise ValueError(
-                    f"`target_sizes` has {len(target_sizes)} sizes for {len(scores)} images: give one each."
-                )
-            scores = [
-                torch.nn.functional.interpolate(
-                    logits[None].float(), size=tuple(map(int, size)), mode="bilinear", align_corners=False
-                )[0]
-                for logits, size in zip(scores, target_sizes, strict=True)
-            ]
-        segmentations = [logits.argmax(dim=0) for logits in scores]
+        logits = outputs.logits
+        sizes = [logits.shape[2:]] * len(logits) if target_sizes is None else target_sizes
+        if len(sizes) != len(logits):
+            raise ValueError(f"`target_sizes` has {len(sizes)} sizes for {len(logits)} images: give one each.")
         if not return_segmentation_scores:
-            return segmentations
+            return [most_likely_classes(scores, size) for scores, size in zip(logits, sizes, strict=True)]
+        resized = [resize_scores(scores, size) for scores, size in zip(logits, sizes, strict=True)]
         return [
-            BatchFeature({"segmentation": segmentation, "segmentation_scores": logits})
-            for segmentation, logits in zip(segmentations, scores, strict=True)
+            BatchFeature({"segmentation": scores.argmax(dim=0), "segmentation_scores": scores}) for scores in resized
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -290,6 +284,32 @@ def check_header(image: Image.Image) -> None:
     if min(image.size) <= 1:
         raise ValueError(f"too small: {image.width} × {image.height} pixels")
     check_aspect_ratio(image.height, image.width)
+
+
+def resize_scores(scores: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Scores of shape `(num_labels, rows, columns)` at (height, width)."""
+    if tuple(size) == tuple(scores.shape[1:]):
+        return scores
+    height, width = map(int, size)
+    resized = torch.nn.functional.interpolate(
+        scores[None].float(), size=(height, width), mode="bilinear", align_corners=False
+    )
+    return resized[0]
+
+
+def most_likely_classes(scores: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """
+    The class of each pixel, of shape (height, width), from scores of shape `(num_labels, rows, columns)`. At the size
+    of a large photo the scores of all classes would take gigabytes, so only some of them are resized at a time.
+    """
+    height, width = map(int, size)
+    step = max(MOST_RESIZED_SCORES // (height * width), 1)
+    best, classes = resize_scores(scores[:step], size).max(dim=0)
+    for start in range(step, len(scores), step):
+        value, index = resize_scores(scores[start : start + step], size).max(dim=0)
+        classes = torch.where(value > best, index + start, classes)
+        best = torch.maximum(best, value)
+    return classes
 
 
 def check_aspect_ratio(height: int, width: int) -> None:

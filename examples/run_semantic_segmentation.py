@@ -134,8 +134,8 @@ def main(argv: list[str] | None = None):
         # For people without the package: a head's folder has no code of its backbone.
         trainer.model.backbone.save_pretrained(Path(args.output_dir) / "backbone")
     data = {
-        "training": f"{len(train)} images of {args.train}",
-        "validation": f"{len(validation)} of {args.validation}",
+        "training": f"{len(train)} images of {Path(args.train).name}",
+        "validation": f"{len(validation)} of {Path(args.validation).name}",
     }
     results = write_segmentation_report(trainer, validation, args.class_names, vars(args), data)
     print(f"mean IoU {results['mean_iou']:.2%} on {len(validation)} images, saved in {args.output_dir}")

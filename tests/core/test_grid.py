@@ -125,3 +125,15 @@ def test_static_shapes_export_and_compile(pixel_values):
     batch = {"pixel_values": {0: torch.export.Dim.AUTO}}
     program = torch.export.export(model, (), {"pixel_values": pixel_values}, dynamic_shapes=batch).module()
     torch.testing.assert_close(program(pixel_values=pixel_values[:1].repeat(3, 1, 1, 1)).logits[2], expected[0])
+
+
+@pytest.mark.parametrize("fields", [{}, {"hvt_pool": [1], "hvt_pool_choices": None}], ids=["same blocks", "others"])
+def test_a_grid_takes_the_place_of_stages_along_the_row(fields, tmp_path):
+    tiny_model(hvt_pool_choices=[[1, 3], [2]]).save_pretrained(tmp_path)
+    grid = {"pool_kernel_size": (2, 2), "pool_stride": (2, 2), **fields}
+    model, loading = HPoolViTForImageClassification.from_pretrained(
+        tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, **grid
+    )
+    new = {key for key, *_ in loading["mismatched_keys"]} | set(loading["missing_keys"])
+    assert "hpool_vit.pooling.1.position_embeddings" in new and all("pooling" in key for key in new)
+    assert model.config.tokens_per_stage()[:2] == [64, 16]

@@ -1,6 +1,7 @@
 """The segmentation model: a linear head on the backbone's maps, and what turns its scores into masks."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -126,6 +127,18 @@ class TestMasks:
         large, other = cls().post_process_semantic_segmentation(outputs, target_sizes=[(4, 8), (3, 5)])
         assert large.tolist() == [[1] * 4 + [2] * 4] * 4
         assert other.tolist() == [[2] * 5] * 3
+
+    @pytest.mark.parametrize("num_labels", [1, 2, 7])
+    def test_few_scores_are_resized_at_a_time(self, cls, num_labels, monkeypatch):
+        module, resized = sys.modules[cls.__module__], []
+        resize = module.resize_scores
+        monkeypatch.setattr(module, "resize_scores", lambda *args: resized.append(resize(*args)) or resized[-1])
+        monkeypatch.setattr(module, "MOST_RESIZED_SCORES", 2 * 9 * 11)
+        outputs = SemanticSegmenterOutput(logits=torch.randn(1, num_labels, 4, 5))
+        [mask] = cls().post_process_semantic_segmentation(outputs, target_sizes=[(9, 11)])
+        assert max(len(scores) for scores in resized) <= 2
+        [whole] = cls().post_process_semantic_segmentation(outputs, [(9, 11)], return_segmentation_scores=True)
+        assert torch.equal(mask, whole["segmentation"]) and mask.dtype == torch.long
 
     def test_a_wrong_number_of_sizes_is_refused(self, cls):
         with pytest.raises(ValueError, match="1 sizes for 2 images"):

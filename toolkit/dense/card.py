@@ -21,6 +21,14 @@ WITH_PACKAGE = (
 )
 
 
+def public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the name alone of every file and folder: where it lies is nobody else's business."""
+    return {
+        key: Path(value).name if isinstance(value, str | Path) and Path(value).is_absolute() else value
+        for key, value in settings.items()
+    }
+
+
 def write_segmentation_card(
     output_dir: Path,
     model: PreTrainedModel,
@@ -77,9 +85,9 @@ def write_segmentation_card(
         "## Results",
         format_facts(shares, "metric", "value"),
         "## Data",
-        format_facts(data),
+        format_facts(public(data)),
         "## Training",
-        f"```yaml\n{yaml.safe_dump(json.loads(json.dumps(dict(settings), default=str)), sort_keys=False)}```",
+        f"```yaml\n{yaml.safe_dump(json.loads(json.dumps(public(settings), default=str)), sort_keys=False)}```",
     ]
     if picture:
         sections += ["## Pictures", f"![Image, truth and answer]({picture})"]

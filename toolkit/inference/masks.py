@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers.modeling_outputs import SemanticSegmenterOutput
+
+from hpool_vit.modeling_hpool_vit import IGNORED_LABEL
 
 from ..dense.pictures import overlay, save_mask
 from .classify import Predictions
@@ -20,10 +23,16 @@ from .inputs import is_address
 from .outputs import Prediction
 
 
+# A mask is a PNG file of 8 bits, in which 255 stands for pixels that do not count.
+MOST_CLASSES = IGNORED_LABEL
+
+
 class Segmenter:
     """Gives each image the shares of its classes, largest first, and its mask. Called as a pipeline is."""
 
     def __init__(self, model: nn.Module, image_processor: Any, device: torch.device):
+        if model.config.num_labels > MOST_CLASSES:
+            raise ValueError(f"The model has {model.config.num_labels} classes, and a mask of 8 bits {MOST_CLASSES}.")
         self.model, self.image_processor, self.device = model.to(device), image_processor, device
 
     @torch.no_grad()
@@ -33,13 +42,16 @@ class Segmenter:
         images = iter(images)
         while batch := list(islice(images, batch_size)):
             inputs = self.image_processor(batch, return_tensors="pt").to(self.device, self.model.dtype)
-            outputs = self.model(**inputs)
-            sizes = [(image.height, image.width) for image in batch]
-            finite = outputs.logits.isfinite().flatten(1).all(1)
-            masks = self.image_processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-            for mask, is_finite in zip(masks, finite.tolist(), strict=True):
-                pixels = mask.cpu().numpy().astype(np.uint8)
+            logits = self.model(**inputs).logits
+            finite = logits.isfinite().flatten(1).all(1).tolist()
+            for image, scores, is_finite in zip(batch, logits.split(1), finite, strict=True):
+                pixels = self.mask(scores, (image.height, image.width))
                 yield (self.shares(pixels)[:top_k] if is_finite else [{"label": "", "score": np.nan}]), pixels
+
+    def mask(self, logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+        outputs = SemanticSegmenterOutput(logits=logits)
+        [mask] = self.image_processor.post_process_semantic_segmentation(outputs, target_sizes=[size])
+        return mask.to(torch.uint8).cpu().numpy()
 
     def shares(self, mask: np.ndarray) -> list[dict[str, Any]]:
         names = self.model.config.id2label

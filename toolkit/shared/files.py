@@ -19,18 +19,28 @@ def check_output_dir(output_dir: str | Path) -> None:
     Call it before the work, so that a mistake costs no time.
 
     Raises:
-        ValueError: if `output_dir` is a file, or a folder that is not empty.
+        ValueError: if `output_dir` is a file, a folder that is not empty, or where nothing can be written.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir} exists and is not empty: choose another `output_dir`.")
+    place = output_dir.resolve()
+    if not _must_stay(place):
+        place = next(folder for folder in place.parents if folder.exists())
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{output_dir} cannot be written, because {place} is read-only: choose another `output_dir`.")
+
+
+def _must_stay(folder: Path) -> bool:
+    """Whether no other folder can take the place of this one: a mount point, or one in a folder that is read-only."""
+    return folder.is_dir() and (folder.is_mount() or not os.access(folder.parent, os.W_OK))
 
 
 @contextlib.contextmanager
 def folder_written_whole(output_dir: str | Path) -> Iterator[Path]:
     """
     Gives a temporary folder to write into, which becomes `output_dir` when the block ends. After an error, Ctrl+C or
-    SIGTERM nothing is left of it.
+    SIGTERM nothing is left of it. If `output_dir` is a mount point, its files appear one by one at the end.
 
     Args:
         output_dir: a folder that does not exist yet, or is empty. Missing parent folders are created.
@@ -42,15 +52,23 @@ def folder_written_whole(output_dir: str | Path) -> Iterator[Path]:
     output_dir = Path(output_dir).resolve()
     check_output_dir(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
+    stays = _must_stay(output_dir)
+    place = output_dir if stays else output_dir.parent
     with (
         _disk_errors(output_dir),
         _exit_on_sigterm(),
-        tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch,
+        tempfile.TemporaryDirectory(dir=place, prefix=f".{output_dir.name}-") as scratch,
     ):
         folder = Path(scratch) / output_dir.name
         folder.mkdir()
         yield folder
-        folder.replace(output_dir)
+        if stays:
+            for path in sorted(folder.iterdir()):
+                path.replace(output_dir / path.name)
+        else:
+            if output_dir.exists():
+                output_dir.rmdir()  # Windows does not put a folder in the place of another
+            folder.replace(output_dir)
 
 
 @contextlib.contextmanager

@@ -30,8 +30,8 @@ from ..shared.saved_model import (
 
 # Half of them for the search and half for the report.
 FEWEST_IMAGES, ENOUGH_IMAGES = 16, 256
-# What a recovery learns from; 4096 images of 224 × 224 pixels take 1.2 GB.
-FEWEST_TO_LEARN_FROM, MOST_TO_LEARN_FROM = 16, 4096
+# What a recovery learns from, at most so many images and bytes: 4096 images of 224 × 224 pixels take 1.2 GB.
+FEWEST_TO_LEARN_FROM, MOST_TO_LEARN_FROM, MOST_BYTES_TO_LEARN_FROM = 16, 4096, 1_300_000_000
 # How tokens merge in a model that did not say so before.
 MERGING = {"pool_mode": "merge"} | {
     name: value for name, value in POOLING_DEFAULTS["merge"].items() if name not in ("hvt_pool", "merge_ratio")
@@ -55,11 +55,15 @@ def load_model(name: str) -> tuple[nn.Module, Any, list[str]]:
         try:
             model, image_processor, report = convert(name, hvt_pool=None, pool_mode="merge")
         except ConversionError as error:
-            raise ConversionError(f"{name} cannot be sped up: {error}") from error
-        # What the converter asks for, it must be asked.
-        notes = [note.replace("pass `", "run `hpool-vit convert` first, with `") for note in report.notes]
+            raise ConversionError(f"{name} cannot be used: {as_asked_of_convert(str(error))}") from error
+        notes = list(map(as_asked_of_convert, report.notes))
         check_finite(name, model)
     return model.eval(), image_processor, notes
+
+
+def as_asked_of_convert(message: str) -> str:
+    """The message of the converter to somebody who has not called it: what it asks for, it must be asked."""
+    return message.replace("pass `", "run `hpool-vit convert` first, with `")
 
 
 def load_hpool_vit(name: str) -> tuple[nn.Module, Any, list[str]]:
@@ -191,7 +195,9 @@ def read_pool(photos: Photos, image_processor: Any) -> torch.Tensor:
     Raises:
         ValueError: if there are too few.
     """
-    num_more = MOST_TO_LEARN_FROM - photos.num_searched
+    bytes_of_one = 2 * photos.pixel_values[0].numel()
+    most = min(MOST_TO_LEARN_FROM, max(MOST_BYTES_TO_LEARN_FROM // bytes_of_one, FEWEST_TO_LEARN_FROM))
+    num_more = max(most - photos.num_searched, 0)
     _, more = read_photos(photos.rest, image_processor, num_more, photos.bad_images, torch.float16)
     searched = photos.pixel_values[: photos.num_searched]
     pool = searched.new_empty(len(searched) + len(more), *searched.shape[1:], dtype=torch.float16)

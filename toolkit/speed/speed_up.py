@@ -127,7 +127,11 @@ def speed_up(
     cost = macs
     if measure == "time":
         cost = time_cost(timed, photos, macs, log, batch_size)
-        check_reachable(speeds, measure, cost, network)
+        try:
+            check_reachable(speeds, measure, cost, network)
+        except ValueError:
+            log.remove()
+            raise
     minutes = MINUTES if minutes is None and trials is None else minutes
     with tqdm(total=100, desc="searching", unit="%", disable=not show_progress, bar_format=BAR) as bar:
         budget = Budget(None if minutes is None else 60 * minutes, trials, Progress(bar))

@@ -12,7 +12,7 @@ from PIL import Image
 from hpool_vit import HPoolViTForSemanticSegmentation, HPoolViTImageProcessor
 from hpool_vit.toolkit import predict
 from hpool_vit.toolkit.dense.pictures import palette
-from hpool_vit.toolkit.inference.masks import mask_paths
+from hpool_vit.toolkit.inference.masks import Segmenter, mask_paths
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,12 @@ def photos(tmp_path):
     picture(1, (33, 50)).save(tmp_path / "photos" / "more" / "a.png")
     (tmp_path / "photos" / "text.jpg").write_text("no picture")
     return tmp_path / "photos"
+
+
+def test_more_classes_than_a_mask_can_tell_apart_are_refused(folder):
+    model = HPoolViTForSemanticSegmentation(tiny_config(num_labels=256, hvt_pool=None))
+    with pytest.raises(ValueError, match="The model has 256 classes, and a mask of 8 bits 255"):
+        Segmenter(model, HPoolViTImageProcessor(), torch.device("cpu"))
 
 
 def test_masks_have_the_size_of_the_images_and_the_report_has_their_shares(folder, photos, tmp_path, capsys):

@@ -56,6 +56,35 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["model", "model/weights"]
 
 
+def test_a_mount_point_is_filled_in_place(tmp_path, monkeypatch):
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == mounted)
+    before = mounted.stat().st_ino
+    with folder_written_whole(mounted) as folder:
+        (folder / "more").mkdir()
+        (folder / "more" / "file").touch()
+        (folder / "other").touch()
+    assert sorted(path.name for path in mounted.iterdir()) == ["more", "other"]
+    assert (mounted / "more" / "file").is_file() and mounted.stat().st_ino == before
+    assert list(tmp_path.iterdir()) == [mounted]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_where_nothing_can_be_written_is_refused_before_the_work(exists, tmp_path, monkeypatch):
+    output_dir = tmp_path / "read-only" / "new"
+    output_dir.parent.mkdir()
+    read_only = {output_dir.parent}
+    if exists:
+        output_dir.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in read_only)
+    if exists:  # it can be filled, although it cannot be replaced
+        check_output_dir(output_dir)
+        read_only.add(output_dir)
+    with pytest.raises(ValueError, match=r"new cannot be written, because .* is read-only: choose another"):
+        check_output_dir(output_dir)
+
+
 @pytest.mark.parametrize("error", [OSError("No space left"), KeyboardInterrupt()], ids=["error", "Ctrl+C"])
 def test_nothing_is_left_after_an_error(error, tmp_path):
     with pytest.raises(type(error)), folder_written_whole(tmp_path / "model") as folder:

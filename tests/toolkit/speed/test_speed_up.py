@@ -25,10 +25,10 @@ from hpool_vit import (
 from hpool_vit.toolkit import block_macs, model_stats, predict, speed_up
 from hpool_vit.toolkit.command import main
 from hpool_vit.toolkit.export import export
-from hpool_vit.toolkit.speed import costs, report
+from hpool_vit.toolkit.speed import costs, inputs, report
 from hpool_vit.toolkit.speed import speed_up as speed_up_module
 from hpool_vit.toolkit.speed.costs import MacsCost, TimeCost
-from hpool_vit.toolkit.speed.inputs import read_labels
+from hpool_vit.toolkit.speed.inputs import as_asked_of_convert, load_photos, read_labels, read_pool
 
 
 MERGE = {"pool_mode": "merge", "merge_ratio": 0.5, "proportional_attention": True}
@@ -198,6 +198,7 @@ def test_the_time_on_this_machine_can_be_what_counts(source, photos, tmp_path, m
     words = ["--faster", "3", "--measure", "time", "--batch_size", 8]
     message = fail(capsys, source, "--images", photos, "--output_dir", tmp_path / "other", *words)
     assert "--faster 3 cannot be reached: the fastest is " in message and "times less time" in message
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_the_machine_takes_is_measured(source, photos, tmp_path):
@@ -262,7 +263,7 @@ def test_arguments_that_make_no_sense_are_refused(source, photos, tmp_path, caps
 
 def test_a_source_that_is_none_and_a_folder_that_is_full_are_refused(source, photos, tmp_path, capsys):
     message = fail(capsys, tmp_path / "none", "--images", photos, "--output_dir", tmp_path / "faster")
-    assert "none cannot be sped up" in message
+    assert "none cannot be used" in message
     assert "is not empty" in fail(capsys, source, "--images", photos, "--output_dir", source)
 
 
@@ -377,3 +378,18 @@ def test_a_model_that_segments_is_refused(photos, tmp_path, capsys):
     save_with_processor(tmp_path / "masks", model)
     message = fail(capsys, tmp_path / "masks", "--images", photos, "--output_dir", tmp_path / "faster")
     assert "segments images" in message
+
+
+def test_what_the_converter_asks_for_it_must_be_asked():
+    message = as_asked_of_convert("Its heads are unknown: pass `num_attention_heads`.")
+    assert message == "Its heads are unknown: run `hpool-vit convert` first, with `num_attention_heads`."
+
+
+def test_large_images_leave_fewer_to_learn_from(tmp_path, monkeypatch):
+    photos = write_folder(tmp_path / "insects", per_class=16)
+    image_processor = HPoolViTImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
+    monkeypatch.setattr(inputs, "MOST_BYTES_TO_LEARN_FROM", 20 * 2 * 3 * 32 * 32)
+    loaded = load_photos(photos, image_processor, 16, 0)
+    assert len(read_pool(loaded, image_processor)) == 20
+    monkeypatch.setattr(inputs, "MOST_BYTES_TO_LEARN_FROM", 1)
+    assert len(read_pool(loaded, image_processor)) == inputs.FEWEST_TO_LEARN_FROM
