@@ -61,6 +61,7 @@ def test_a_vit_learns_to_segment_with_merging_and_loads_without_the_package(tmp_
     assert model.config.hvt_pool == [1] and model.config.id2label == {0: "dark", 1: "bright"}
     card = ModelCard.load(output / "README.md")
     assert card.data.pipeline_tag == "image-segmentation" and "IoU of bright" in card.text
+    assert "24 images of train" in card.text and str(tmp_path) not in card.text
     with Image.open(output / "examples.png") as picture:
         assert picture.width > 3 * 60
     using = tmp_path / "use.py"

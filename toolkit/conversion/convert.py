@@ -17,7 +17,7 @@ from .building import ConversionReport
 from .checkpoint import Checkpoint, ConversionError, read_checkpoint, square_or_pair
 from .compare import NUM_IMAGES, compare_with_source
 from .hvt import convert_checkpoint, is_hvt
-from .image_processor import image_processor_for
+from .image_processor import image_processor_for, with_channels
 from .positions import STAGE_POSITIONS
 from .sources import Source, is_checkpoint_file, read_source, timm_source
 from .vit import convert_source
@@ -48,7 +48,7 @@ def convert(
     use_ema: bool = False,
     architecture: str | None = None,
     compare: str | Path | None = None,
-    compare_images: int = NUM_IMAGES,
+    compare_images: int | None = None,
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
     seed: int | None = None,
@@ -68,7 +68,8 @@ def convert(
         architecture (`str`, *optional*): timm's name of the model, for a file whose tensors do not tell.
         compare (`str`, *optional*):
             A folder of images: the report then says how close the pooled features come to the source's.
-        compare_images (`int`, defaults to 256): compare so many of these images, evenly spread over the folder.
+        compare_images (`int`, *optional*):
+            Compare so many of these images, evenly spread over the folder. Default: 256.
         image_mean (`list[float]`, *optional*): the mean of the pixels, instead of the source's.
         image_std (`list[float]`, *optional*): the standard deviation of the pixels, instead of the source's.
         seed (`int`, *optional*): seed for new weights. Default: 0.
@@ -81,6 +82,8 @@ def convert(
         ConversionError: for a source that cannot be converted, or an argument that does not apply to it.
         ValueError: for a configuration that no model can be built from.
     """
+    if compare is None and compare_images is not None:
+        raise ConversionError(f"`compare_images={compare_images}` does not apply without `compare`: pass a folder.")
     given = dict(config_overrides)
     given |= {"stage_positions": stage_positions} if stage_positions is not None else {}
     given |= {"seed": seed} if seed is not None else {}
@@ -100,7 +103,8 @@ def convert(
     model, processor, report = _convert_vit(vit, given, statistics)
     if compare is not None:
         has_trained_head = not any(name.startswith("classifier.") for name in report.initialised)
-        report.comparison = compare_with_source(model, processor, compare, compare_images, has_trained_head)
+        num_images = NUM_IMAGES if compare_images is None else compare_images
+        report.comparison = compare_with_source(model, processor, compare, num_images, has_trained_head)
     return model, processor, report
 
 
@@ -111,11 +115,12 @@ def _convert_hvt(source: str | Path, checkpoint: Checkpoint, given: dict[str, An
             f"{DECIDED_BY_THE_PAPER[name]}."
         )
     model, report = convert_checkpoint(checkpoint, **given)
-    return model, HPoolViTImageProcessor.for_config(model.config, **statistics), report
+    _note_channels(model.config, report)
+    return model, HPoolViTImageProcessor.for_config(model.config, **with_channels(statistics, model.config)), report
 
 
 def _convert_vit(source: Source, given: dict[str, Any], statistics: dict) -> Converted:
-    _check_pooling(given)
+    check_pooling(given)
     seed, stage_positions = given.pop("seed", 0), given.pop("stage_positions", "zero")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -125,15 +130,33 @@ def _convert_vit(source: Source, given: dict[str, Any], statistics: dict) -> Con
             "Assumed ImageNet's mean and standard deviation of the pixels. If the source was trained with others, "
             "pass `image_mean` and `image_std`."
         )
+    _note_channels(model.config, report)
     return model, image_processor_for(source, model.config, **statistics), report
 
 
-def _check_pooling(given: dict[str, Any]):
-    """Raises a `ConversionError` for an argument that the chosen pooling does not read."""
+def _note_channels(config: HPoolViTConfig, report: ConversionReport):
+    if config.num_channels != 3:
+        report.notes.append(
+            f"The model takes images of {config.num_channels} channel(s), as arrays or Pillow images. The commands "
+            "predict and train, and pipelines, read files in RGB and do not take it."
+        )
+
+
+def check_pooling(given: dict[str, Any], own: HPoolViTConfig | None = None):
+    """
+    Raises a `ConversionError` for an argument that the chosen pooling does not read.
+
+    Args:
+        given: fields of the configuration, and `stage_positions`.
+        own: the configuration that they change. Default: a new one.
+    """
     readers = {name: _arguments_of(name) for name in POOLINGS}
-    pool_mode = given.get("pool_mode", "max")
-    for name in given.keys() & set().union(*readers.values()):
-        if "hvt_pool" in given and not given["hvt_pool"]:
+    own = own or HPoolViTConfig()
+    hvt_pool, choices, speeds, pool_mode = (
+        given.get(name, getattr(own, name)) for name in ("hvt_pool", "hvt_pool_choices", "speeds", "pool_mode")
+    )
+    for name in sorted(given.keys() & set().union(*readers.values())):
+        if not (hvt_pool or speeds or any(choices or [])):
             raise ConversionError(f"`{name}` does not apply: with `hvt_pool=none` the model does not pool.")
         if name not in readers.get(pool_mode, {name}):
             modes = " and ".join(mode for mode, names in readers.items() if name in names)
@@ -184,6 +207,8 @@ def parse_options(**options: str | None) -> dict[str, Any]:
     """The values of the options that were given."""
     values = {name: parse_value(name, text) for name, text in options.items() if text is not None}
     for name in ("image_mean", "image_std"):
+        if type(values.get(name)) in (int, float):
+            values[name] = [values[name]]
         if name in values and not _are_numbers(values[name]):
             raise ValueError(f"`{name}={options[name]}` must be one number per channel, such as 0.5,0.5,0.5.")
     if size := parse_image_size(options.get("image_size")):
@@ -252,7 +277,9 @@ def command(
         Path | None,
         typer.Option(metavar="IMAGES", help="Compare the features with the source's on the images of this folder."),
     ] = None,
-    compare_images: Annotated[int, typer.Option(help="The most images to compare.")] = NUM_IMAGES,
+    compare_images: Annotated[
+        int | None, typer.Option(help=f"The most images to compare. Default: {NUM_IMAGES}.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for new weights. Default: 0.")] = None,
 ) -> None:
     """
@@ -285,11 +312,12 @@ def command(
         "num_attention_heads": num_attention_heads,
         "architecture": architecture,
         "compare": compare,
+        "compare_images": compare_images,
         "seed": seed,
     }
     options |= {name: value for name, value in plain.items() if value is not None}
     options |= read_labels(labels) if labels else {}
-    model, image_processor, report = convert(source, use_ema=use_ema, compare_images=compare_images, **options)
+    model, image_processor, report = convert(source, use_ema=use_ema, **options)
     write_folder(output_dir, model, image_processor)
     print(report)
     print(describe(model.config))

@@ -143,6 +143,12 @@ def infer_pooling(
             "HPool-ViT cannot pool."
         )
     told = {**args, **overrides}
+    for name in ("pool_kernel_size", "pool_stride"):
+        value = told.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConversionError(
+                f"`{name}={value!r}` must be one number, at least 1: the paper's code pools along the row of tokens."
+            )
     kernel_size, stride = told.get("pool_kernel_size"), told.get("pool_stride")
     if blocks and None in (kernel_size, stride):
         kernel_size, stride = infer_window(lengths, kernel_size, stride, report)

@@ -7,12 +7,15 @@ from transformers.image_utils import PILImageResampling
 
 from hpool_vit import HPoolViTConfig, HPoolViTImageProcessor
 
+from .checkpoint import ConversionError
+
 
 if TYPE_CHECKING:
     from .sources import Source
 
 
-# The attributes of an image processor that are kept. Ours converts images to RGB whatever the source does.
+# The attributes of an image processor that are kept. Ours converts images to RGB whatever the source does, unless the
+# model takes others.
 KEPT_ATTRIBUTES = ("do_resize", "size", "default_to_square", "resample", "do_center_crop", "crop_size")
 KEPT_ATTRIBUTES += ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
@@ -72,7 +75,31 @@ def read_timm_data_config(data: dict[str, Any], notes: list[str]) -> dict[str, A
     return {name: value for name, value in attributes.items() if value is not None}
 
 
-def image_processor_for(source: "Source", config: HPoolViTConfig, **overrides) -> HPoolViTImageProcessor:
+def with_channels(attributes: dict[str, Any], config: HPoolViTConfig) -> dict[str, Any]:
+    """
+    The attributes of an image processor for images of as many channels as the model takes; only three are RGB.
+
+    Raises:
+        ConversionError: if the mean or the standard deviation is not one number per channel.
+    """
+    num_channels, attributes = config.num_channels, dict(attributes)
+    if num_channels != 3:
+        attributes["do_convert_rgb"] = False
+    for name in ("image_mean", "image_std") if attributes.get("do_normalize", True) else ():
+        values = attributes.get(name, getattr(HPoolViTImageProcessor, name))
+        if isinstance(values, int | float):  # in Transformers, that of every channel
+            values = attributes[name] = [values] * num_channels
+        if len(values) != num_channels:
+            raise ConversionError(
+                f"`{name}={list(values)}` must be one number per channel, and `num_channels={num_channels}`: pass as "
+                f"many as `{name}`."
+            )
+    return attributes
+
+
+def image_processor_for(
+    source: "Source", config: HPoolViTConfig, resize: dict[str, int] | None = None, **overrides
+) -> HPoolViTImageProcessor:
     """
     An image processor that prepares images as the source does. If the model takes another image size, it keeps the
     source's mean, standard deviation and resampling, and crops as ours does. If the source does not say how it
@@ -81,11 +108,16 @@ def image_processor_for(source: "Source", config: HPoolViTConfig, **overrides) -
     Args:
         source ([`Source`]): what [`read_source`] returned.
         config (`HPoolViTConfig`): the configuration of the converted model.
+        resize (`dict[str, int]`, *optional*): the `size` of an image processor that is not the source's.
         overrides: attributes to set instead of the source's, such as `image_mean`.
+
+    Raises:
+        ConversionError: if the mean or the standard deviation is not one number per channel.
     """
     attributes = source.image_processor or {}
     size = attributes.get("crop_size" if attributes.get("do_center_crop", True) else "size", {})
     if (size.get("height"), size.get("width")) == config.image_shape:
-        return HPoolViTImageProcessor(**{**attributes, **overrides})
+        return HPoolViTImageProcessor(**with_channels({**attributes, **overrides}, config))
     kept = {name: attributes[name] for name in ("resample", "image_mean", "image_std") if name in attributes}
-    return HPoolViTImageProcessor.for_config(config, **{**kept, **overrides})
+    kept |= {"size": resize} if resize else {}
+    return HPoolViTImageProcessor.for_config(config, **with_channels({**kept, **overrides}, config))

@@ -46,6 +46,14 @@ class Positions:
         report.notes.append(f"Resized the position embeddings from {old} to {new} patches.")
         return resize_positions(self.patches, self.grid, grid)
 
+    def fitted(self, config: HPoolViTConfig, report: ConversionReport) -> torch.Tensor:
+        """Those of class token and patches as this configuration has them, of shape `(1, tokens, hidden_size)`."""
+        patches = self.resized(config.patch_grid(), report)
+        if not config.use_class_token:
+            return patches
+        class_token = torch.zeros_like(patches[:, :1]) if self.class_token is None else self.class_token
+        return torch.cat((class_token, patches), dim=1)
+
 
 def split_positions(source: Source, image_size: int | tuple[int, int] | None, report: ConversionReport) -> Positions:
     """

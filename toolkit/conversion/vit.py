@@ -201,13 +201,7 @@ def convert_embeddings(
     """The tensors of the embeddings that differ from the source's, under the model's names."""
     checkpoint, given = source.checkpoint, {}
     if config.use_position_embeddings:
-        # (1, tokens, hidden_size)
-        first_positions = positions.resized(config.patch_grid(), report)
-        if config.use_class_token:
-            zeros = torch.zeros_like(first_positions[:, :1])
-            class_token = zeros if positions.class_token is None else positions.class_token
-            first_positions = torch.cat((class_token, first_positions), dim=1)
-        given[POSITIONS] = first_positions
+        given[POSITIONS] = positions.fitted(config, report)
     if positions.registers is not None:
         # Registers have no positions of their own here.
         given[REGISTERS] = checkpoint.take("embeddings.register_tokens") + positions.registers

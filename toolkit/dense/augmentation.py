@@ -1,6 +1,7 @@
 """What a model sees of an image and its mask: both are scaled, cropped and flipped alike."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,26 +48,27 @@ def train_pair_transform(
             v2.Normalize(image_processor.image_mean, image_processor.image_std),
         ]
     )
+    # Not local functions: workers of a loader that are not forked get them pickled.
+    return partial(augmented_pair, steps)
 
-    def transform(image: Image.Image, mask: Image.Image) -> dict[str, torch.Tensor]:
-        pixels, labels = steps(tv_tensors.Image(v2.functional.pil_to_tensor(image)), to_mask(mask))
-        return {"pixel_values": pixels.as_subclass(torch.Tensor), "labels": labels.as_subclass(torch.Tensor)}
 
-    return transform
+def augmented_pair(steps: v2.Compose, image: Image.Image, mask: Image.Image) -> dict[str, torch.Tensor]:
+    pixels, labels = steps(tv_tensors.Image(v2.functional.pil_to_tensor(image)), to_mask(mask))
+    return {"pixel_values": pixels.as_subclass(torch.Tensor), "labels": labels.as_subclass(torch.Tensor)}
 
 
 def validation_pair_transform(image_processor: Any) -> Callable[[Image.Image, Image.Image], dict[str, torch.Tensor]]:
     """The image as its image processor prepares it, and the mask resized with it."""
-    size = (image_processor.size["height"], image_processor.size["width"])
+    return partial(prepared_pair, image_processor)
 
-    def transform(image: Image.Image, mask: Image.Image) -> dict[str, torch.Tensor]:
-        labels = v2.functional.resize(to_mask(mask), size, v2.InterpolationMode.NEAREST)
-        return {
-            "pixel_values": image_processor(image, return_tensors="pt").pixel_values[0],
-            "labels": labels.as_subclass(torch.Tensor).long(),
-        }
 
-    return transform
+def prepared_pair(image_processor: Any, image: Image.Image, mask: Image.Image) -> dict[str, torch.Tensor]:
+    size = [image_processor.size["height"], image_processor.size["width"]]
+    labels = v2.functional.resize(to_mask(mask), size, v2.InterpolationMode.NEAREST)
+    return {
+        "pixel_values": image_processor(image, return_tensors="pt").pixel_values[0],
+        "labels": labels.as_subclass(torch.Tensor).long(),
+    }
 
 
 def to_mask(mask: Image.Image) -> tv_tensors.Mask:

@@ -192,6 +192,7 @@ def parse_arguments(
     given = from_file | vars(namespace)
     record = {**DEFAULTS, **choose_recipe(given), **given}
     check_given(given)
+    check_read(record, given)
     check_frozen_trunk(record, given)
     data, model, recipe, training = parser.parse_dict(record)
     return Arguments(data, model, recipe, training, given, record, f"{prog} {shlex.join(argv)}")
@@ -249,6 +250,19 @@ def check_given(given: dict[str, Any]):
     for name in sorted(WITHOUT_EFFECT.keys() & given.keys()):
         if given[name] != DEFAULTS.get(name):
             raise ValueError(f"`{name}={given[name]!r}` has no effect, because {WITHOUT_EFFECT[name]}: leave it out.")
+
+
+def check_read(record: dict[str, Any], given: dict[str, Any]):
+    """Raises a `ValueError` for flags that only other flags make use of."""
+    crop = record.get("train_crop", RecipeArguments.train_crop)
+    for name in (field for field in RecipeArguments.__dataclass_fields__ if field in given):
+        if name.startswith("distillation") and not record.get("teacher"):
+            raise ValueError(f"`{name}={given[name]!r}` has no effect without `teacher`: give one, or leave it out.")
+        if name == "crop_min_scale" and crop != "random_resized":
+            raise ValueError(
+                f"`{name}={given[name]!r}` has no effect with `train_crop={crop!r}`: leave it out, or choose "
+                "`train_crop='random_resized'`."
+            )
 
 
 def check_frozen_trunk(record: dict[str, Any], given: dict[str, Any]):

@@ -12,10 +12,15 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hpool_vit import HPoolViTConfig, HPoolViTForImageClassification, HPoolViTImageProcessor
+from hpool_vit.pooling_hpool_vit import resize_positions
 
+from ..conversion.building import ConversionReport
+from ..conversion.checkpoint import ConversionError
+from ..conversion.convert import check_pooling
 from ..conversion.image_processor import image_processor_for
+from ..conversion.positions import Positions
 from ..conversion.sources import is_hpool_vit, read_source
-from ..conversion.vit import convert_source
+from ..conversion.vit import POSITIONS, convert_source
 from ..shared.console import parse_value
 from .recipes import RecipeArguments, option, prepared_size
 
@@ -24,6 +29,16 @@ from .recipes import RecipeArguments, option, prepared_size
 SOURCE = "source"
 # Fields of the configuration that are flags. `stages` is not: it records what a trained model has.
 CONFIG_FIELDS = [name for name in HPoolViTConfig.__annotations__ if not name.startswith("_") and name != "stages"]
+# Those that the weights of a trained model decide.
+KEPT_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_channels",
+    "num_register_tokens",
+    "patch_size",
+)
+PATCHES = "hpool_vit.embeddings.patch_embeddings.projection.weight"
 HELP = {
     "hvt_pool": "Blocks, counted from 0, at whose input the tokens are pooled: 1,5,9 or none.",
     "hvt_pool_choices": "Train one model for several schedules, 'none;6;1,5,9': each step draws one. The model is "
@@ -102,16 +117,39 @@ def build_model(
         raise ValueError(
             "No model is given: set `preset`, `model_name_or_path`, `config_name`, or fields such as `hidden_size`."
         )
+    check_pooling(overrides, own_config(args))
     overrides |= labels_of(label_names)
     if given == ["model_name_or_path"]:
-        return start_from(args.model_name_or_path, recipe, overrides)
+        model, image_processor, notes = start_from(args.model_name_or_path, recipe, overrides)
+        check_channels(model.config)
+        return model, image_processor, notes
     if given == ["preset"]:
         config = HPoolViTConfig.from_preset(args.preset, **overrides)
     elif given == ["config_name"]:
         config = HPoolViTConfig.from_pretrained(args.config_name, **overrides)
     else:
         config = HPoolViTConfig(**overrides)
+    check_channels(config)
     return (*new_model(config, recipe), [])
+
+
+def own_config(args: ModelArguments) -> HPoolViTConfig | None:
+    """The configuration that the fields in `args` change; None: a new one, or that of a ViT."""
+    if args.preset is not None:
+        return HPoolViTConfig.from_preset(args.preset)
+    folder = args.config_name
+    if args.model_name_or_path is not None and is_hpool_vit(args.model_name_or_path):
+        folder = args.model_name_or_path
+    return None if folder is None else HPoolViTConfig.from_pretrained(folder)
+
+
+def check_channels(config: HPoolViTConfig):
+    """Raises a `ValueError` for a model that takes no RGB images, which is what the data loaders read."""
+    if config.num_channels != 3:
+        raise ValueError(
+            f"`num_channels={config.num_channels}` cannot be trained here, because images are read in RGB: write a "
+            "program that reads yours."
+        )
 
 
 def labels_of(label_names: list[str]) -> dict[str, Any]:
@@ -147,18 +185,26 @@ def start_from(
         overrides: fields of the configuration that replace the model's own.
 
     Returns:
-        The model, its image processor, and notes on what is converted or newly initialised.
+        The model, its image processor, and notes on what is converted, resized or newly initialised.
+
+    Raises:
+        ConversionError: for a source that cannot be converted, or fields that do not fit the trained weights.
     """
     if not is_hpool_vit(model_name_or_path):
         source = read_source(model_name_or_path)
         model, report = convert_source(source, **overrides)
-        processor = image_processor_for(source, model.config)
+        processor = image_processor_for(source, model.config, resize_for(model.config, recipe)["size"])
         return model, processor, [line.strip() for line in str(report).splitlines() if line.strip()]
+    saved = HPoolViTConfig.from_pretrained(model_name_or_path)
+    check_kept(saved, HPoolViTConfig.from_pretrained(model_name_or_path, **overrides))
     model, loading = HPoolViTForImageClassification.from_pretrained(
         model_name_or_path, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32, **overrides
     )
     notes = [f"newly initialised: {name}" for name in sorted(loading["missing_keys"])]
-    notes += [f"newly initialised: {key[0] if isinstance(key, tuple) else key}" for key in loading["mismatched_keys"]]
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
+    head = {name for name in mismatched if name.startswith("classifier.")}
+    notes += [f"newly initialised: {name}" for name in sorted(head)]
+    notes += fit_trunk(model, saved, model_name_or_path, mismatched - head)
     notes += [f"dropped: {name}" for name in sorted(loading["unexpected_keys"])]
     config = model.config
     processor = AutoImageProcessor.from_pretrained(model_name_or_path)
@@ -167,6 +213,79 @@ def start_from(
             config, image_mean=processor.image_mean, image_std=processor.image_std, **resize_for(config, recipe)
         )
     return model, processor, notes
+
+
+def check_kept(saved: HPoolViTConfig, config: HPoolViTConfig):
+    """Raises a `ConversionError` for a field of a trained model that its weights do not leave free."""
+    for name in KEPT_FIELDS:
+        old, new = getattr(saved, name), getattr(config, name)
+        is_kept = saved.patch_shape == config.patch_shape if name == "patch_size" else old == new
+        if not is_kept:
+            raise ConversionError(f"`{name}={new!r}` cannot be chosen: the trained model has {old!r}.")
+
+
+def fit_trunk(
+    model: HPoolViTForImageClassification, saved: HPoolViTConfig, model_name_or_path: str, mismatched: set[str]
+) -> list[str]:
+    """
+    Resizes the saved position embeddings where the model has another grid of patches or tokens, and reshapes the saved
+    projection of the patches where it is computed in another way.
+
+    Args:
+        model: the model, loaded with a configuration of its own.
+        saved: the configuration of the saved model.
+        model_name_or_path: the saved model.
+        mismatched: the names of its weights of another shape.
+
+    Returns:
+        Notes on what was resized or starts anew.
+
+    Raises:
+        ConversionError: for any other weights of another shape.
+    """
+    config, stages = model.config, changed_stages(saved, model.config)
+    # Other grids can have as many patches or tokens, so that the shapes alone do not tell.
+    changed = set(stages)
+    if saved.use_position_embeddings and config.use_position_embeddings:
+        is_same = saved.patch_grid() == config.patch_grid() and saved.use_class_token == config.use_class_token
+        changed |= set() if is_same else {POSITIONS}
+    if saved.patchify_technique != config.patchify_technique:
+        changed.add(PATCHES)
+    if damaged := mismatched - changed:
+        raise ConversionError(
+            f"The tensor `{min(damaged)}` of {model_name_or_path} has another shape than its config.json says: the "
+            "folder is damaged or holds another model."
+        )
+    if not changed:
+        return []
+    source = HPoolViTForImageClassification.from_pretrained(model_name_or_path, dtype=torch.float32).state_dict()
+    report, fitted = ConversionReport(), {}
+    for name in sorted(changed):
+        if name == PATCHES:
+            fitted[name] = source[name].reshape(model.get_parameter(name).shape)
+        elif name == POSITIONS:
+            first, patches = source[name].tensor_split([int(saved.use_class_token)], dim=1)
+            positions = Positions(first if saved.use_class_token else None, None, patches, saved.patch_grid())
+            fitted[name] = positions.fitted(config, report)
+        else:
+            old, new = stages[name]
+            # Windows on the grid have other tokens than those along the row.
+            is_new = len(old) != len(new)
+            zeros = torch.zeros_like(model.get_parameter(name))
+            fitted[name] = zeros if is_new else resize_positions(source[name], old, new)
+            report.notes.append(f"{'newly initialised' if is_new else 'resized'}: {name}")
+    model.load_state_dict(fitted, strict=False)
+    return report.notes
+
+
+def changed_stages(saved: HPoolViTConfig, config: HPoolViTConfig) -> dict[str, tuple[Any, Any]]:
+    """The position embeddings of the stages that have another shape than the saved ones: both shapes, by name."""
+    before, after = saved.stage_shapes(), config.stage_shapes()
+    return {
+        f"hpool_vit.pooling.{block}.position_embeddings": (before[block], shape)
+        for block, shape in after.items()
+        if before.get(block, shape) != shape
+    }
 
 
 def freeze_trunk(model: HPoolViTForImageClassification):

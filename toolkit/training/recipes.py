@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -251,7 +252,12 @@ def resampling_of(image_processor: HPoolViTImageProcessor) -> InterpolationMode:
 
 def validation_transform(image_processor: HPoolViTImageProcessor) -> Callable:
     """The image processor itself, on one image: you evaluate exactly what users of the saved folder get."""
-    return lambda image: image_processor(image, return_tensors="pt").pixel_values[0]
+    return partial(prepared, image_processor)
+
+
+def prepared(image_processor: HPoolViTImageProcessor, image: Image.Image) -> torch.Tensor:
+    """One image as its image processor prepares it, of shape (3, height, width)."""
+    return image_processor(image, return_tensors="pt").pixel_values[0]
 
 
 def batch_mixing(recipe: RecipeArguments, num_labels: int) -> Callable | None:

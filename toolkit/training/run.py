@@ -25,7 +25,7 @@ from ..shared.images import DataError
 from .arguments import RECORD, Arguments, check_same_run, full_record, parse_arguments
 from .checkpoints import CheckpointError, check_finite_weights, remove_earlier, write_checkpoint, write_results
 from .evaluation import Evaluator
-from .model import Teacher, build_model, config_overrides, freeze_trunk
+from .model import Teacher, build_model, config_overrides, freeze_trunk, resize_for
 from .optimization import RecipeLoss, WeightAverage, learning_rate_of
 from .recipes import augmentations, batch_mixing, train_transform, validation_transform
 from .report import BAD_IMAGES, SpeedMeter
@@ -66,6 +66,12 @@ class TrainingRun:
         set_seed(training.seed)
         self.model, self.image_processor, notes = build_model(args.model, args.recipe, self.data.class_names)
         self.notes = [*self.data.notes, *notes]
+        if "eval_crop_ratio" in args.given:
+            size, asked = dict(self.image_processor.size), resize_for(self.model.config, args.recipe)["size"]
+            if size != asked:
+                self.notes.append(
+                    f"--eval_crop_ratio has no effect: the image processor of the model resizes to {size}"
+                )
         if args.recipe.freeze_trunk:
             freeze_trunk(self.model)
         self.teacher = None

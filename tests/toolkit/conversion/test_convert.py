@@ -4,12 +4,20 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import TESTS, call_command, run_command, run_python
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from hpool_vit.toolkit.command import main
 from hpool_vit.toolkit.conversion.checkpoint import ConversionError
@@ -207,6 +215,39 @@ class TestTheOptions:
         assert list(image_processor.image_mean) == [0.5, 0.4, 0.3]
 
 
+class TestGreyscale:
+    @pytest.fixture
+    def grey(self, tmp_path) -> Path:
+        ViTForImageClassification(ViTConfig(**VIT, num_channels=1)).save_pretrained(tmp_path / "grey")
+        return tmp_path / "grey"
+
+    def test_a_greyscale_vit_takes_greyscale_images(self, tmp_path, grey, capsys):
+        words = ["--hvt_pool", "none", "--image_mean", "0.5", "--image_std", "0.25"]
+        result = call_command(capsys, "convert", grey, "--output_dir", tmp_path / "out", *words)
+        assert result.returncode == 0 and "images of 1 channel(s), as arrays or Pillow images" in result.stdout
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8))
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+        pixel_values = processor(image, return_tensors="pt").pixel_values
+        assert pixel_values.shape == (1, 1, 32, 32) and list(processor.image_mean) == [0.5]
+        with torch.no_grad():
+            logits, expected = (load(folder).eval()(pixel_values).logits for folder in (tmp_path / "out", grey))
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("size", [32, 64], ids=["kept", "new"])
+    def test_its_own_image_processor_loses_the_conversion_to_rgb(self, grey, size):
+        exact = {"height": size, "width": size}
+        ViTImageProcessor(size=exact, image_mean=[0.4], image_std=[0.2]).save_pretrained(grey)
+        processor = convert(grey, hvt_pool=None)[1]
+        assert not processor.do_convert_rgb and (list(processor.image_mean), list(processor.image_std)) == (
+            [0.4],
+            [0.2],
+        )
+
+    def test_without_one_number_per_channel_it_is_refused(self, tmp_path, grey, capsys):
+        line = refusal(capsys, grey, "--output_dir", tmp_path / "out")
+        assert "--image_mean 0.485,0.456,0.406 must be one number per channel, and `num_channels=1`" in line
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("words", "reason"),
@@ -249,6 +290,10 @@ class TestRefusals:
             (["--image_size", "true"], "--image_size true must be one number of pixels"),
             (["--image_size", "large"], "--image_size large must be one number of pixels, or height and width"),
             (["--image_mean", "0.5"], "--image_mean 0.5 must be one number per channel"),
+            (["--image_std", "0.5,0.5"], "--image_std 0.5,0.5 must be one number per channel, and `num_channels=3`"),
+            (["--image_std", "true"], "--image_std true must be one number per channel"),
+            (["--compare_images", "10"], "--compare_images 10 does not apply without --compare: pass a folder"),
+            (["--compare_images", "0"], "--compare_images 0 does not apply without --compare"),
             (["--labels", "nowhere.txt"], "nowhere.txt"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -256,6 +301,19 @@ class TestRefusals:
     def test_an_option_that_does_not_fit_a_vit(self, tmp_path, vit, capsys, words, reason):
         assert reason in refusal(capsys, vit, "--output_dir", tmp_path / "out", *words)
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["--pool_kernel_size", "2,2"], "--pool_kernel_size 2,2 must be one number, at least 1"),
+            (["--pool_kernel_size", "abc"], "--pool_kernel_size abc must be one number, at least 1"),
+            (["--pool_stride", "2,2"], "the paper's code pools along the row of tokens"),
+            (["--pool_stride", "0"], "--pool_stride 0 must be one number, at least 1"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_a_window_that_the_papers_code_does_not_have(self, tmp_path, hvt, capsys, words, reason):
+        assert reason in refusal(capsys, hvt, "--output_dir", tmp_path / "out", *words)
 
     @pytest.mark.parametrize(
         ("source", "reason"),

@@ -293,7 +293,7 @@ class TestComparison:
     def test_at_most_so_many_images_are_compared(self, tmp_path, images):
         model, processor, _ = convert(save_clip(tmp_path / "clip"), hvt_pool=[1])
         assert compare_with_source(model, processor, images, num_images=3).num_images == 3
-        with pytest.raises(ConversionError, match="`compare_images=0`"):
+        with pytest.raises(ValueError, match="`compare_images=0` must be at least 1"):
             compare_with_source(model, processor, images, num_images=0)
 
     def test_a_folder_without_images_is_refused(self, tmp_path):

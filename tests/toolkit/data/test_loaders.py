@@ -1,5 +1,6 @@
 """Batches depend on seed and epoch alone, lose no image, and survive bad ones."""
 
+import pickle
 import random
 import re
 from collections import Counter
@@ -9,11 +10,14 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from image_files import BAD_FILES, CONVERTED_FILES, write_folder, write_parquet, write_tar
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from hpool_vit import HPoolViTImageProcessor
 from hpool_vit.toolkit.data.loaders import make_train_loader, make_validation_loader, set_epoch, shuffled
 from hpool_vit.toolkit.data.sources import DataArguments, load_image_data
 from hpool_vit.toolkit.shared.images import BadImageError, BadImages, DataError, TooManyBadImagesError
+from hpool_vit.toolkit.training.recipes import RecipeArguments, batch_mixing, train_transform, validation_transform
 
 
 TO_TENSOR = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
@@ -342,3 +346,19 @@ def test_a_shuffled_stream_keeps_its_shards_for_the_workers(tmp_path):
     (data, _) = load_stream(tmp_path / "*.tar", num_train_images=4)
     for stream in (data.train.dataset, StreamOfAnEarlierVersion(2)):
         assert shuffled(stream, seed=0, buffer_size=10).num_shards == stream.num_shards == 2
+
+
+@tables_and_streams
+@pytest.mark.parametrize("crop", ["random_resized", "center"])
+def test_workers_that_are_not_forked_get_images_and_mixing_pickled(images, streaming, crop):
+    loaded = load(images, streaming=streaming)
+    processor = HPoolViTImageProcessor(size={"shortest_edge": 9}, crop_size={"height": 8, "width": 8})
+    recipe = RecipeArguments(train_crop=crop, horizontal_flip=0.0, mixup_alpha=0.8, cutmix_alpha=1.0)
+    loaders = [
+        train_loader(loaded, transform=train_transform(recipe, processor), mix=batch_mixing(recipe, 3)),
+        make_validation_loader(*loaded, validation_transform(processor), batch_size=4),
+    ]
+    for loader in loaders:
+        dataset, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+        batches = {"batch_size": 4} if streaming else {"batch_sampler": loader.batch_sampler}
+        assert_same(list(DataLoader(dataset, collate_fn=collate, **batches)), list(loader))

@@ -1,5 +1,7 @@
 """Images and masks: where they come from, and what the model sees of them."""
 
+import pickle
+
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -10,7 +12,7 @@ from PIL import Image
 
 from hpool_vit import HPoolViTImageProcessor
 from hpool_vit.toolkit.dense.augmentation import train_pair_transform, validation_pair_transform
-from hpool_vit.toolkit.dense.data import load_masked_images, read_class_names
+from hpool_vit.toolkit.dense.data import SegmentationDataset, load_masked_images, read_class_names
 from hpool_vit.toolkit.shared.images import DataError
 
 
@@ -138,6 +140,16 @@ class TestTransforms:
         example = train_pair_transform(processor, scales=(0.5, 0.5))(*pair)
         share = (example["labels"] == 255).float().mean()
         assert 0.75 < share < 1
+
+    @pytest.mark.parametrize("make_transform", [train_pair_transform, validation_pair_transform])
+    def test_workers_that_are_not_forked_get_the_images_pickled(self, tmp_path, processor, make_transform):
+        write_pairs(tmp_path, {"a": mask(0, 1)})
+        dataset = SegmentationDataset(load_masked_images(str(tmp_path), NAMES), make_transform(processor))
+        examples = []
+        for copy in (dataset, pickle.loads(pickle.dumps(dataset))):
+            torch.manual_seed(0)
+            examples.append(copy[0])
+        assert all(torch.equal(examples[0][name], examples[1][name]) for name in ("pixel_values", "labels"))
 
     def test_validation_shows_what_the_image_processor_prepares(self, pair, processor):
         example = validation_pair_transform(processor)(*pair)

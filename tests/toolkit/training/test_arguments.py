@@ -87,12 +87,25 @@ def error_of(capsys, tmp_path, *flags, file=None) -> str:
         (["--eval_strategy", "never"], "never"),
         (["--optim", "sgd"], "`optim='sgd'` has no effect, because the recipes use AdamW: leave it out"),
         (["--save_only_model"], "training could not resume"),
+        (
+            ["--distillation", "hard"],
+            "`distillation='hard'` has no effect without `teacher`: give one, or leave it out",
+        ),
+        (["--distillation_weight", "0.7"], "`distillation_weight=0.7` has no effect without `teacher`"),
+        (["--distillation_temperature", "2"], "`distillation_temperature=2.0` has no effect without `teacher`"),
+        (["--recipe", "tiny", "--crop_min_scale", "0.5"], "has no effect with `train_crop='padded'`: leave it out"),
+        (["--train_crop", "none", "--crop_min_scale", "0.5"], "`crop_min_scale=0.5` has no effect"),
         (["--hub_strategy", "every_save"], "`hub_strategy='every_save'` has no effect, because `output_dir` holds no"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_wrong_flag_gives_one_clear_line(capsys, tmp_path, flags, message):
     assert message in error_of(capsys, tmp_path, *flags)
+
+
+def test_what_another_flag_makes_use_of_is_taken_with_it(tmp_path):
+    args = parse(tmp_path, "--teacher", "folder", "--distillation", "hard", "--crop_min_scale", "0.5")
+    assert (args.recipe.distillation, args.recipe.crop_min_scale) == ("hard", 0.5)
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,19 @@ def test_a_vit_is_converted_and_taught_by_itself(program, tmp_path, photos, vit_
     assert str(vit_folder) in ModelCard.load(tmp_path / "README.md").text
 
 
+def test_a_ratio_that_the_image_processor_of_the_model_does_not_follow_is_noted(tmp_path, photos, vit_folder, capsys):
+    flags = f"{FROM_WEIGHTS} --train_dir {photos} --hvt_pool 1 --num_train_epochs 1 --eval_crop_ratio 0.5"
+    HPoolViTImageProcessor(crop_size={"height": 16, "width": 16}, size={"shortest_edge": 18}).save_pretrained(
+        tmp_path / "vit"
+    )
+    AutoModelForImageClassification.from_pretrained(vit_folder).save_pretrained(tmp_path / "vit")
+    note = "--eval_crop_ratio has no effect: the image processor of the model resizes to {'shortest_edge': 18}"
+    for name, has_effect in ((tmp_path / "vit", False), (vit_folder, True)):
+        trainer(f"{flags} --model_name_or_path {name} --output_dir {tmp_path / f'{name.name}-out'}".split())
+        assert (note not in capsys.readouterr().out) == has_effect
+    assert HPoolViTImageProcessor.from_pretrained(tmp_path / f"{vit_folder.name}-out").size == {"shortest_edge": 32}
+
+
 def test_distillation_changes_what_is_learnt(tmp_path, photos, vit_folder):
     flags = f"--train_dir {photos} --num_train_epochs 1"
     run(trainer, tmp_path / "alone", flags)
