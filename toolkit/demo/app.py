@@ -12,6 +12,7 @@ import typer
 from huggingface_hub import constants
 
 from ..shared.console import needs
+from ..shared.options import Device
 
 
 def serve(
@@ -20,6 +21,7 @@ def serve(
     models_dir: str | Path = "outputs",
     examples_dir: str | Path | None = None,
     server_port: int | None = None,
+    device: str | None = None,
 ) -> None:
     """
     Serves the page until Ctrl+C. The page loads nothing from the internet and sends nothing there.
@@ -29,15 +31,22 @@ def serve(
         models_dir: the folder whose models are shown if `models` is empty, up to two levels deep.
         examples_dir: images to offer as examples. Models of handwritten digits bring their own.
         server_port: default: the first free port from 7860.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, …. Default: an accelerator if there is one.
 
     Raises:
-        ValueError, OSError: in one line, if there is nothing to show or the port is taken.
+        ValueError, OSError: in one line, if there is nothing to show, the device cannot be used, or the port is taken.
     """
     with offline():
-        _serve(models, Path(models_dir), None if examples_dir is None else Path(examples_dir), server_port)
+        _serve(models, Path(models_dir), None if examples_dir is None else Path(examples_dir), server_port, device)
 
 
-def _serve(models: Sequence[str | Path], models_dir: Path, examples_dir: Path | None, server_port: int | None) -> None:
+def _serve(
+    models: Sequence[str | Path],
+    models_dir: Path,
+    examples_dir: Path | None,
+    server_port: int | None,
+    device: str | None,
+) -> None:
     with needs("demo"):
         from .files import MAX_MEGAPIXELS, find_examples
         from .models import find_models, load_models
@@ -45,7 +54,7 @@ def _serve(models: Sequence[str | Path], models_dir: Path, examples_dir: Path | 
 
     folders = list(map(Path, models)) or find_models(models_dir)
     # Models that somebody named must work. Of those that are only found, some may be damaged.
-    served = load_models(folders, skip_bad=not models)
+    served = load_models(folders, skip_bad=not models, device=device)
     with limited_pixels(MAX_MEGAPIXELS), tempfile.TemporaryDirectory(prefix="hpool-vit-") as scratch:
         examples = {name: find_examples(model.labels, examples_dir, Path(scratch)) for name, model in served.items()}
         demo = build_demo(served, examples)
@@ -96,6 +105,7 @@ def command(
         typer.Option(help="Folder of images to offer as examples. Models of handwritten digits bring their own."),
     ] = None,
     server_port: Annotated[int | None, typer.Option(help="Default: the first free port from 7860.")] = None,
+    device: Device = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Do not serve the page, but write it with its models as a Space into this new folder."),
@@ -114,12 +124,17 @@ def command(
     at it with `python DIR/app.py`, and upload it with `hf upload OWNER/NAME DIR --repo-type space`.
     """
     if output_dir is None:
-        serve(models or (), models_dir=models_dir, examples_dir=examples_dir, server_port=server_port)
+        serve(models or (), models_dir=models_dir, examples_dir=examples_dir, server_port=server_port, device=device)
         return
+    for name, value in {"server_port": server_port, "device": device}.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}={value}` is for serving the page, and `output_dir` only writes it: leave it out."
+            )
     with offline():
         with needs("demo"):
             from .models import find_models
             from .space import make_space
 
-        make_space(models or find_models(models_dir), output_dir, examples_dir=examples_dir)
+        make_space(models or find_models(models_dir), output_dir, examples_dir=examples_dir, skip_bad=not models)
     print(f"The Space is in {output_dir}. Look at it with: python {output_dir / 'app.py'}")

@@ -19,12 +19,15 @@ from hpool_vit.configuration_hpool_vit import POOL_MODES
 from ..inspection.figure import draw
 from ..inspection.stats import model_stats
 from ..inspection.visualize import trace_images
+from ..shared.devices import choose_device
 from ..shared.figures import save_figure
 from ..shared.measuring import time_in_turns, timer
-from ..shared.saved_model import SavedModelError, load_saved_classifier
+from ..shared.saved_model import SavedModelError, load_saved_classifier, segments
 
 
 NUM_TIMED_FORWARDS = 5
+# What a training calls the folders of its checkpoints.
+CHECKPOINT_PREFIX = "checkpoint-"
 # Matplotlib draws for one thread at a time.
 DRAWING = threading.Lock()
 
@@ -61,16 +64,22 @@ class ServedModel:
 
     Args:
         folder: where an `HPoolViTForImageClassification` and its image processor were saved.
+        device: where it computes. Default: an accelerator if there is one.
 
     Raises:
         SavedModelError: if the folder holds no such model, or a damaged one.
+        ValueError: if the device cannot be used.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: str | None = None):
+        torch_device = choose_device(device)
         if read_model_type(folder) != HPoolViTConfig.model_type:
             raise SavedModelError(f"{folder} is not the folder of a saved HPool-ViT.")
+        if segments(str(folder)):
+            raise SavedModelError(f"{folder} segments images, and the page shows only classifiers.")
+        self.folder = folder
         model, self.image_processor, _ = load_saved_classifier(str(folder))
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(torch_device)
         self.labels = distinct_labels(model.config)
         # From the cheapest to the most expensive.
         self.schedules = sorted(offered_schedules(model), key=lambda schedule: schedule.macs)
@@ -194,7 +203,7 @@ def find_models(models_dir: Path) -> list[Path]:
         SavedModelError: if there are none.
     """
     files = {file for level in ("", "*/", "*/*/") for file in models_dir.glob(f"{level}config.json")}
-    folders = sorted(file.parent for file in files if not file.parent.name.startswith("checkpoint-"))
+    folders = sorted(file.parent for file in files if not file.parent.name.startswith(CHECKPOINT_PREFIX))
     folders = [folder for folder in folders if read_model_type(folder) == HPoolViTConfig.model_type]
     if not folders:
         raise SavedModelError(
@@ -204,7 +213,7 @@ def find_models(models_dir: Path) -> list[Path]:
     return folders
 
 
-def load_models(folders: list[Path], skip_bad: bool = False) -> dict[str, ServedModel]:
+def load_models(folders: list[Path], skip_bad: bool = False, device: str | None = None) -> dict[str, ServedModel]:
     """
     Loads all models, by their names. They are loaded before the page opens, because Transformers changes global
     settings while it loads, which a forward pass in another thread would see.
@@ -212,14 +221,16 @@ def load_models(folders: list[Path], skip_bad: bool = False) -> dict[str, Served
     Args:
         folders: the folders of the models.
         skip_bad: report a folder that cannot be loaded on standard error, and leave it out.
+        device: where the models compute. Default: an accelerator if there is one.
 
     Raises:
         SavedModelError: if a folder cannot be loaded. With `skip_bad`, if none can.
+        ValueError: if the device cannot be used.
     """
     models = {}
     for name, folder in zip(name_folders(folders), folders, strict=True):
         try:
-            models[name] = ServedModel(folder)
+            models[name] = ServedModel(folder, device)
         except SavedModelError as error:
             if not skip_bad or (folder == folders[-1] and not models):
                 raise

@@ -8,12 +8,12 @@ import gradio as gr
 import PIL.Image
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import save_with_processor, tiny_config, tiny_model
 from huggingface_hub import constants
 from image_files import BAD_FILES, encoded, picture, write_folder
 from transformers import pipeline
 
-from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor
+from hpool_vit import HPoolViTForImageClassification, HPoolViTForSemanticSegmentation, HPoolViTImageProcessor
 from hpool_vit.toolkit import command
 from hpool_vit.toolkit.demo.app import serve
 from hpool_vit.toolkit.demo.files import (
@@ -160,6 +160,21 @@ class TestTheModels:
         with pytest.raises(SavedModelError, match="cannot be loaded"):
             load_models([tmp_path], skip_bad=True)
 
+    def test_a_segmenter_is_refused_as_what_it_is(self, tmp_path):
+        segmenter = save_with_processor(
+            tmp_path / "streets", HPoolViTForSemanticSegmentation(tiny_config(hvt_pool=None))
+        )
+        with pytest.raises(SavedModelError, match=r"streets segments images, and the page shows only classifiers\.$"):
+            ServedModel(segmenter)
+
+    def test_a_model_computes_on_the_named_device_or_on_any_accelerator(self, folder, monkeypatch):
+        [served] = load_models([folder], device="meta").values()
+        assert served.model.device.type == "meta"
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+        assert ServedModel(folder).model.device.type == "meta"
+        assert ServedModel(folder, "cpu").model.device.type == "cpu"
+
 
 class TestTheFiles:
     @pytest.mark.parametrize("name", BAD_FILES)
@@ -275,6 +290,7 @@ class TestTheCommand:
             (["--models_dir", "{tmp}"], "--models_dir {tmp} holds no saved model: make one with"),
             (["{tmp}/missing"], "{tmp}/missing is not the folder of a saved HPool-ViT"),
             (["{folder}", "--examples_dir", "{tmp}/missing"], "--examples_dir {tmp}/missing is not a folder"),
+            (["{folder}", "--device", "toaster"], "--device toaster cannot be used: "),
         ],
     )
     def test_wrong_input_is_reported_in_one_line(self, arguments, problem, folder, tmp_path, monkeypatch, capsys):
