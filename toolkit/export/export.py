@@ -58,6 +58,11 @@ class Int8Options:
                 raise ExportError(f"`{name}` is only used with `int8`: set it to dynamic or static too.")
             if path and not path.is_dir():
                 raise ExportError(f"`{name}={path}` is not a folder.")
+        if self.calibration_dir and self.method != "static":
+            raise ExportError(
+                f"`calibration_dir={self.calibration_dir}` has no effect with `int8={self.method}`: leave it out, or "
+                "choose static."
+            )
 
 
 def export_model(

@@ -215,8 +215,11 @@ def for_image_size(config: dict, size: int) -> dict:
     square = {"height": size, "width": size}
     if not config.get("do_center_crop"):
         return {**config, "do_resize": True, "size": square}
-    scale = size / max(config["crop_size"].values())
-    resize = {name: round(pixels * scale) for name, pixels in config["size"].items()}
+    crop = config["crop_size"]
+    # Of height and width each has its own scale; the shortest edge must fill both sides of the crop.
+    resize = {
+        name: round(pixels * size / crop.get(name, min(crop.values()))) for name, pixels in config["size"].items()
+    }
     return {**config, "do_resize": True, "size": resize, "crop_size": square}
 
 

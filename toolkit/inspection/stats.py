@@ -20,6 +20,7 @@ from hpool_vit.configuration_hpool_vit import PRESETS
 from hpool_vit.pooling_hpool_vit import importance_macs
 
 from ..shared.console import hub_id, one_line
+from ..shared.options import Speed
 
 
 # What a saved configuration names in `architectures`; any other one is counted as a classifier.
@@ -131,6 +132,11 @@ def load_config(name: str) -> HPoolViTConfig:
     return config
 
 
+def at_speed(config: HPoolViTConfig, speed: float | None) -> HPoolViTConfig:
+    """The configuration with the pooling of one of its speeds. Raises a `ValueError` for one that it does not offer."""
+    return config if speed is None else config.with_schedule(**config.fields_of_speed(speed))
+
+
 def command(
     models: Annotated[
         list[str] | None,
@@ -140,6 +146,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    speed: Speed = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """
@@ -148,5 +155,5 @@ def command(
     A stage begins with a pooling and ends before the next one. The presets are the models of the paper. Only the
     configuration of a model is read, not its weights.
     """
-    stats = {name: model_stats(load_config(name)) for name in models or PRESETS}
+    stats = {name: model_stats(at_speed(load_config(name), speed)) for name in models or PRESETS}
     print(json.dumps(stats, indent=2) if json_output else "\n\n".join(map(format_stats, stats, stats.values())))

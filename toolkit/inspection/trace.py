@@ -133,27 +133,38 @@ def trace_pooling(
     config._attn_implementation = "eager"
     recorder = _Recorder(config)
     recorder.watch(replica.base_model)
-    if isinstance(pixel_values, torch.Tensor):
-        pixel_values = pixel_values.to(model.device)
-    with torch.device("cpu"):  # the recorder's tensors are made here
-        # With attentions, every block computes all tokens.
-        output = replica(
-            pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            output_attentions=True,
-            return_dict=True,
+    # The model refuses what are no images. All attentions of one image are enough to hold at a time.
+    are_images = isinstance(pixel_values, torch.Tensor) and pixel_values.ndim > 0 and len(pixel_values) > 0
+    traces = []
+    for image in pixel_values.split(1) if are_images else [pixel_values]:
+        with torch.device("cpu"):  # the recorder's tensors are made here
+            # With attentions, every block computes all tokens.
+            output = replica(
+                image.to(model.device) if are_images else image,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                output_attentions=True,
+                return_dict=True,
+            )
+        logits = output.logits.float().cpu() if "logits" in output and config.num_labels else None
+        traces.append(recorder.read(config.patch_grid(*image.shape[2:]), logits))
+    return _joined(traces)
+
+
+def _joined(traces: list[PoolingTrace]) -> PoolingTrace:
+    """The traces of a batch, from those of its images."""
+    first = traces[0]
+    stages = [
+        StageTrace(
+            parts[0].block,
+            torch.cat([part.receptive_field for part in parts]),
+            torch.cat([part.share for part in parts]),
+            None if parts[0].groups is None else torch.cat([part.groups for part in parts]),
         )
-    logits = output.logits.float().cpu() if "logits" in output and config.num_labels else None
-    rollout = recorder.read_rollout()
-    if not all(tensor.isfinite().all() for tensor in (rollout, logits) if tensor is not None):
-        raise ValueError("The model computes values that are not finite: check `pixel_values` and the weights.")
-    return PoolingTrace(
-        grid=config.patch_grid(*pixel_values.shape[2:]),
-        stages=recorder.stages,
-        tokens_per_block=recorder.tokens_per_block,
-        rollout=rollout,
-        logits=logits,
-    )
+        for parts in zip(*(trace.stages for trace in traces), strict=True)
+    ]
+    rollout = torch.cat([trace.rollout for trace in traces])
+    logits = None if first.logits is None else torch.cat([trace.logits for trace in traces])
+    return PoolingTrace(first.grid, stages, first.tokens_per_block, rollout, logits)
 
 
 def block_macs(
@@ -195,7 +206,7 @@ def block_macs(
 
 @dataclass
 class _Recorder:
-    """Follows one forward pass through hooks, in float32 on the CPU and outside autocast."""
+    """Follows forward passes through hooks, one after the other, in float32 on the CPU and outside autocast."""
 
     config: HPoolViTConfig
     stages: list[StageTrace] = field(default_factory=list)
@@ -216,6 +227,7 @@ class _Recorder:
             layer.attention.register_forward_hook(self.attend)
 
     def start(self, module: nn.Module, args: tuple, embeddings: torch.Tensor):
+        self.stages, self.tokens_per_block, self.suppliers = [], [], None
         batch_size, num_tokens, _ = embeddings.shape
         self.rollout = torch.eye(num_tokens, dtype=torch.float32).repeat(batch_size, 1, 1)
         patches = self.rollout[:, self.num_prefix_tokens :, self.num_prefix_tokens :]
@@ -283,6 +295,18 @@ class _Recorder:
         batch_size, num_tokens, _ = self.stages[-1].share.shape
         joined = nn.functional.one_hot(self.members(stage, before), num_tokens).sum(1).bool()
         return joined.expand(batch_size, -1, -1)
+
+    def read(self, grid: tuple[int, int], logits: torch.Tensor | None) -> PoolingTrace:
+        """
+        What the last pass left.
+
+        Raises:
+            ValueError: if the model computes values that are not finite.
+        """
+        rollout = self.read_rollout()
+        if not all(tensor.isfinite().all() for tensor in (rollout, logits) if tensor is not None):
+            raise ValueError("The model computes values that are not finite: check `pixel_values` and the weights.")
+        return PoolingTrace(grid, self.stages, self.tokens_per_block, rollout, logits)
 
     def read_rollout(self) -> torch.Tensor:
         rollout = self.rollout[:, :, self.num_prefix_tokens :]

@@ -19,8 +19,8 @@ from ..shared.console import needs, parse_value
 from ..shared.figures import save_figure
 from ..shared.files import written_whole
 from ..shared.images import BadImageError, decode_image, read_image
-from ..shared.options import HvtPool, ImageSize, MergeRatio, Model, parse_image_size
-from ..shared.saved_model import SavedModelError, load_saved_model
+from ..shared.options import HvtPool, ImageSize, MergeRatio, Model, Speed, parse_image_size
+from ..shared.saved_model import SavedModelError, check_complete, load_saved_model
 from .trace import PoolingTrace, block_macs, trace_pooling
 
 
@@ -139,6 +139,9 @@ def load_model(name: str, **overrides) -> tuple[PreTrainedModel, BaseImageProces
         )
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     has_classifier = not any(weight.startswith("classifier.") for weight in new)
+    # Without a classifier, nothing that it reads is needed either.
+    unneeded = () if has_classifier else ("classifier.", f"{model.base_model_prefix}.readout.")
+    check_complete(name, model, [weight for weight in new if not weight.startswith(unneeded)])
     return model if has_classifier else model.base_model, image_processor
 
 
@@ -191,6 +194,7 @@ def command(
     output: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write: .png, .pdf, .svg, …")],
     hvt_pool: HvtPool = None,
     merge_ratio: MergeRatio = None,
+    speed: Speed = None,
     image_size: ImageSize = None,
     chart: Annotated[
         Path | None,
@@ -208,6 +212,7 @@ def command(
     check_outputs(images, output=output, chart=chart, save_tensors=save_tensors)
     texts = {"hvt_pool": hvt_pool, "merge_ratio": merge_ratio}
     overrides = {name: parse_value(name, text) for name, text in texts.items() if text is not None}
+    overrides |= {} if speed is None else {"speed": speed}
     size, photos = parse_image_size(image_size), read_images(images)
     loaded, image_processor = load_model(model, **overrides)
     trace, seen = trace_images(loaded, image_processor, photos, size)

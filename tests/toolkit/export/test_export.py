@@ -283,6 +283,7 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(saved_folder, pho
         ((good, *out, "--int8", "dynamic", "--format", "torch_export"), ("--int8 dynamic needs --format onnx",)),
         ((good, *out, "--int8", "static"), ("--calibration_dir",)),
         ((good, *out, "--eval_dir", photos), ("--eval_dir", "--int8")),
+        ((good, *out, "--int8", "dynamic", "--calibration_dir", photos), ("--calibration_dir", "has no effect")),
         ((good, *out, "--int8", "dynamic", "--batch_size", 0), ("--batch_size 0", "at least 1")),
         ((good, *out, "--num_calibration_images", 0), ("--num_calibration_images 0", "at least 1")),
         ((good, *out, "--num_threads", -1), ("--num_threads -1", "0 for all cores")),

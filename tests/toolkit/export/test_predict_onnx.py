@@ -179,6 +179,13 @@ def test_another_image_size_keeps_the_share_that_is_cut_out(size, resized):
     assert changed["size"] == resized and changed["crop_size"] == {"height": 384, "width": 384}
 
 
+@pytest.mark.parametrize("size", [{"height": 256, "width": 438}, {"shortest_edge": 256}])
+def test_a_square_fits_into_what_was_resized_for_a_crop_that_is_none(size):
+    config = {"do_center_crop": True, "size": size, "crop_size": {"height": 224, "width": 384}}
+    changed = predict_onnx.for_image_size(config, 512)
+    assert all(512 <= pixels < 600 for pixels in changed["size"].values())
+
+
 def test_without_a_crop_another_image_size_is_that_of_the_resized_image():
     changed = predict_onnx.for_image_size({"size": {"shortest_edge": 32}}, 48)
     assert changed["size"] == {"height": 48, "width": 48} and changed["do_resize"]

@@ -94,6 +94,18 @@ def test_the_command_prints_json_of_all_presets_by_default(capsys):
     assert stats["hvt-s-1"] == model_stats(HPoolViTConfig.from_preset("hvt-s-1"))
 
 
+def test_the_command_counts_one_of_the_speeds_of_a_model(tmp_path, capsys):
+    fields = {"pool_mode": "merge", "speeds": {2.0: {"hvt_pool": [1], "merge_ratio": 0.5}}}
+    config = tiny_config(**fields, hvt_pool=None)
+    config.save_pretrained(tmp_path / "model")
+    main(["stats", str(tmp_path / "model"), "--speed", "2", "--json"])
+    expected = model_stats(tiny_config(**fields, hvt_pool=[1], merge_ratio=0.5))
+    assert json.loads(capsys.readouterr().out)[str(tmp_path / "model")] == expected
+    with pytest.raises(SystemExit):
+        main(["stats", str(tmp_path / "model"), "--speed", "3"])
+    assert "--speed 3" in capsys.readouterr().err
+
+
 class TestRefusals:
     @pytest.fixture
     def refusal(self, tmp_path, monkeypatch, capsys):

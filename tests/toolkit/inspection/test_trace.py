@@ -211,6 +211,18 @@ class TestEveryModel:
         model.set_hvt_pool([2])
         check(trace_pooling(model, pixel_values), model, pixel_values)
 
+    @pytest.mark.parametrize("pool_mode", POOL_MODES)
+    def test_images_are_traced_one_by_one_as_they_would_be_alone(self, pool_mode, pixel_values):
+        model, seen = tiny_model(pool_mode=pool_mode), []
+        batch = torch.cat((pixel_values, pixel_values.flip(-1)))
+        model.base_model.embeddings.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+        whole = trace_pooling(model, batch).tensors()
+        assert seen == [1] * len(batch)
+        for index, image in enumerate(batch.split(1)):
+            for name, tensor in trace_pooling(model, image).tensors().items():
+                is_shared = name in ("grid", "tokens_per_block") or name.endswith(".block")
+                torch.testing.assert_close(whole[name] if is_shared else whole[name][index : index + 1], tensor)
+
     def test_a_model_without_classifier_has_no_logits(self, pixel_values):
         assert trace_pooling(tiny_model().hpool_vit, pixel_values).logits is None
         assert trace_pooling(tiny_model(num_labels=0), pixel_values).logits is None

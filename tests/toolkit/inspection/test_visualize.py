@@ -11,7 +11,7 @@ from helpers import call_command, save_with_processor, tiny_model
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hpool_vit import HPoolViTImageProcessor, HPoolViTImageProcessorPil
@@ -21,6 +21,7 @@ from hpool_vit.toolkit.inspection.figure import borders, draw, draw_chart, patch
 from hpool_vit.toolkit.inspection.trace import block_macs, trace_pooling
 from hpool_vit.toolkit.inspection.visualize import load_model, prepare_images, trace_images
 from hpool_vit.toolkit.shared.figures import save_figure
+from hpool_vit.toolkit.shared.saved_model import SavedModelError
 
 
 LABELS = {0: "ant", 1: "bee", 2: "cat"}
@@ -268,6 +269,23 @@ class TestTheCommand:
             part.save_pretrained(tmp_path / "headless")
         visualize(tmp_path / "headless", photo, tmp_path / "panels.png")
         assert str(photo) not in capsys.readouterr().out
+
+    @pytest.mark.parametrize("missing", ["hpool_vit.layers.3.mlp.fc1.weight", "hpool_vit.readout.query"])
+    def test_a_folder_that_lacks_weights_is_refused(self, missing, photo, tmp_path):
+        model = tiny_model(readout="attention", hvt_pool=None)
+        save_with_processor(tmp_path / "model", model)
+        weights = load_file(tmp_path / "model" / "model.safetensors")
+        lacking = next(name for name in weights if name.startswith(missing.removesuffix(".query")))
+        del weights[lacking]
+        save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(SavedModelError, match=f"model has no weights for {lacking}: it is incomplete"):
+            load_model(str(tmp_path / "model"))
+
+    def test_one_of_its_speeds(self, photo, tmp_path, capsys):
+        model = tiny_model(pool_mode="merge", hvt_pool=None, speeds={2.0: {"hvt_pool": [1], "merge_ratio": 0.5}})
+        save_with_processor(tmp_path / "model", model)
+        visualize(tmp_path / "model", photo, tmp_path / "panels.png", "--speed", 2)
+        assert "tokens: 64 → 32\n" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("words", "message"),
