@@ -217,9 +217,8 @@ def for_image_size(config: dict, size: int) -> dict:
         return {**config, "do_resize": True, "size": square}
     crop = config["crop_size"]
     # Of height and width each has its own scale; the shortest edge must fill both sides of the crop.
-    resize = {
-        name: round(pixels * size / crop.get(name, min(crop.values()))) for name, pixels in config["size"].items()
-    }
+    scales = {name: size / crop.get(name, min(crop.values())) for name in config["size"]}
+    resize = {name: round(pixels * scales[name]) for name, pixels in config["size"].items()}
     return {**config, "do_resize": True, "size": resize, "crop_size": square}
 
 

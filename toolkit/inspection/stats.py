@@ -133,7 +133,7 @@ def load_config(name: str) -> HPoolViTConfig:
 
 
 def at_speed(config: HPoolViTConfig, speed: float | None) -> HPoolViTConfig:
-    """The configuration with the pooling of one of its speeds. Raises a `ValueError` for one that it does not offer."""
+    """The configuration at one of its speeds. Raises a `ValueError` for one that it does not offer."""
     return config if speed is None else config.with_schedule(**config.fields_of_speed(speed))
 
 
