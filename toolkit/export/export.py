@@ -1,6 +1,6 @@
 """Export a trained model: a function for programs, and the command `hpool-vit export`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,10 +10,10 @@ from transformers import AutoModelForImageClassification, AutoModelForSemanticSe
 
 from hpool_vit import HPoolViTConfig
 
-from ..shared.console import check_at_least_one
+from ..shared.console import check_at_least_one, parse_value
 from ..shared.files import check_output_dir, folder_written_whole, write_json
 from ..shared.measuring import Logits
-from ..shared.options import Model, OutputDir, Speed
+from ..shared.options import HvtPool, MergeRatio, Model, OutputDir, Speed
 from ..shared.saved_model import check_weights, load_saved_model, segments
 from .checks import BATCH_SIZES, ExportError, check_preprocessing, image_sizes, largest_difference, random_images
 from .formats import FORMATS, check_options, one_of, trace
@@ -22,6 +22,8 @@ from .formats import FORMATS, check_options, one_of, trace
 TOLERANCE = 1e-4
 INT8_FILE = "model_int8.onnx"
 RECORD = "export.json"
+# What is given without a purpose is refused, so "not given" is None.
+DEFAULTS = {"num_calibration_images": 64, "batch_size": 8, "num_threads": 0}
 
 
 @dataclass
@@ -40,29 +42,35 @@ class Int8Options:
 
     method: str | None = None
     calibration_dir: Path | None = None
-    num_calibration_images: int = 64
+    num_calibration_images: int | None = None
     eval_dir: Path | None = None
-    batch_size: int = 8
-    num_threads: int = 0
+    batch_size: int | None = None
+    num_threads: int | None = None
 
     def check(self) -> None:
         """Raises a `ValueError` for options that do not go together."""
+        if self.method not in (None, "dynamic", "static"):
+            raise ExportError(f"`int8={self.method}` is unknown: choose dynamic or static.")
         if self.method == "static" and not self.calibration_dir:
             raise ExportError("`int8=static` needs `calibration_dir`, a folder of images like those to classify.")
         check_at_least_one(num_calibration_images=self.num_calibration_images, batch_size=self.batch_size)
-        if self.num_threads < 0:
+        if self.num_threads is not None and self.num_threads < 0:
             raise ExportError(f"`num_threads={self.num_threads}` must be at least 1, or 0 for all cores.")
-        for name in ("eval_dir", "calibration_dir"):
-            path = getattr(self, name)
-            if path and not self.method:
+        for name, value in asdict(self).items():
+            if value is not None and not self.method:
                 raise ExportError(f"`{name}` is only used with `int8`: set it to dynamic or static too.")
-            if path and not path.is_dir():
-                raise ExportError(f"`{name}={path}` is not a folder.")
-        if self.calibration_dir and self.method != "static":
-            raise ExportError(
-                f"`calibration_dir={self.calibration_dir}` has no effect with `int8={self.method}`: leave it out, or "
-                "choose static."
-            )
+            if isinstance(value, Path) and not value.is_dir():
+                raise ExportError(f"`{name}={value}` is not a folder.")
+        for name in ("calibration_dir", "num_calibration_images"):
+            value = getattr(self, name)
+            if value is not None and self.method != "static":
+                raise ExportError(
+                    f"`{name}={value}` has no effect with `int8={self.method}`: leave it out, or choose static."
+                )
+
+    def with_defaults(self) -> "Int8Options":
+        """The options with a number for each that was not given."""
+        return replace(self, **{name: value for name, value in DEFAULTS.items() if getattr(self, name) is None})
 
 
 def export_model(
@@ -74,11 +82,12 @@ def export_model(
     speed: float | None = None,
     int8: str | None = None,
     calibration_dir: str | Path | None = None,
-    num_calibration_images: int = 64,
+    num_calibration_images: int | None = None,
     eval_dir: str | Path | None = None,
-    batch_size: int = 8,
-    num_threads: int = 0,
+    batch_size: int | None = None,
+    num_threads: int | None = None,
     runtime: str | Path | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """
     Exports a trained model to ONNX, which runs without PyTorch, to the format of `torch.export`, which runs without
@@ -99,13 +108,14 @@ def export_model(
         speed (`float`, *optional*): one of the speeds that the model offers; 1: no pooling. Default: the model's own.
         int8 (`str`, *optional*): `"dynamic"` or `"static"` also writes model_int8.onnx, with Linear layers in int8.
         calibration_dir (`str` or `Path`, *optional*): a folder of images, which `"static"` needs.
-        num_calibration_images (`int`): how many of them to use.
+        num_calibration_images (`int`, *optional*): how many of them to use. Default: 64.
         eval_dir (`str` or `Path`, *optional*): a folder of images, one sub-folder per class, to compare the accuracy
             of int8 and float32 on.
-        batch_size (`int`): images per batch in the measurements of int8.
-        num_threads (`int`): threads in the measurements of int8; 0 means all cores.
+        batch_size (`int`, *optional*): images per batch in the measurements of int8. Default: 8.
+        num_threads (`int`, *optional*): threads in the measurements of int8. Default: 0, which means all cores.
         runtime (`str` or `Path`, *optional*): for `"web"`, the package onnxruntime-web as a file or folder, where the
             npm registry cannot be reached. By default it is downloaded once.
+        overrides: fields of the configuration to change, `hvt_pool` and `merge_ratio`. They exclude `speed`.
 
     Returns:
         The content of export.json.
@@ -118,6 +128,7 @@ def export_model(
     options = Int8Options(int8, folders[0], num_calibration_images, folders[1], batch_size, num_threads)
     check_options(format, {"int8": int8, "dynamic_image_size": dynamic_image_size, "runtime": runtime})
     options.check()
+    options = options.with_defaults()
     chosen = FORMATS[format]
     chosen.check_packages()
     check_output_dir(output_dir)
@@ -126,13 +137,14 @@ def export_model(
         check_segmenter_options(model, format, int8)
     files = {} if is_segmenter else chosen.files(runtime)
     with folder_written_whole(output_dir) as folder:
-        network, image_processor, preprocessing = load(model, speed)
+        overrides |= {} if speed is None else {"speed": speed}
+        network, image_processor, preprocessing, notes = load(model, **overrides)
         if is_segmenter:
             check_image_size(model, network.config, image_processor, dynamic_image_size)
         elif chosen.prepares_images:
             check_preprocessing(image_processor, preprocessing, network.config)
         record = {"model": str(model), "format": format, "torch": torch.__version__}
-        record |= {} if speed is None else {"speed": speed}
+        record |= overrides | ({"notes": notes} if notes else {})
         record |= write_model(network, folder / chosen.file_name, format, dynamic_image_size)
         labels = [network.config.id2label[index] for index in range(network.config.num_labels)]
         write_json(folder / "preprocessor_config.json", preprocessing)
@@ -147,19 +159,21 @@ def export_model(
     return record
 
 
-def load(name: str, speed: float | None = None) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
-    """A trained model in float32, its image processor, and the content of its preprocessor_config.json."""
-    chosen = {} if speed is None else {"speed": speed}
+def load(name: str, **overrides: Any) -> tuple[PreTrainedModel, Any, dict[str, Any], list[str]]:
+    """
+    A trained model in float32, its image processor, the content of its preprocessor_config.json, and notes for the
+    user.
+    """
     auto_class = AutoModelForSemanticSegmentation if segments(name) else AutoModelForImageClassification
-    model, image_processor, _, new = load_saved_model(
-        name, auto_class=auto_class, dtype=torch.float32, attn_implementation="sdpa", **chosen
+    model, image_processor, notes, new = load_saved_model(
+        name, auto_class=auto_class, dtype=torch.float32, attn_implementation="sdpa", **overrides
     )
     if model.config.model_type != HPoolViTConfig.model_type:
         raise ExportError(f"{name} is a model of the type {model.config.model_type!r}, not an HPool-ViT.")
     check_weights(name, model, new)
     preprocessing = image_processor.to_dict()
     preprocessing.pop("auto_map", None)  # the exported folder does not have the code that it names
-    return model, image_processor, preprocessing
+    return model, image_processor, preprocessing, [note.removeprefix("note: ") for note in notes]
 
 
 def check_segmenter_options(name: str, format: str, int8: str | None) -> None:
@@ -240,6 +254,7 @@ def report(record: dict[str, Any]) -> str:
         f"most {record['largest_difference']:.1e} (batches of {', '.join(map(str, record['batch_sizes']))}; images of "
         f"{sizes})"
     ]
+    lines += [f"note: {note}" for note in record.get("notes", [])]
     if int8 := record.get("int8"):
         low, middle, high = int8["speedup"]
         lines.append(
@@ -270,6 +285,8 @@ def command(
     dynamic_image_size: Annotated[
         bool, typer.Option(help="Take images of any multiple of the patch size, not only the model's own size.")
     ] = False,
+    hvt_pool: HvtPool = None,
+    merge_ratio: MergeRatio = None,
     speed: Speed = None,
     int8: Annotated[
         Literal["dynamic", "static"] | None,
@@ -279,13 +296,19 @@ def command(
         ),
     ] = None,
     calibration_dir: Annotated[Path | None, typer.Option(help="A folder of images, for --int8 static.")] = None,
-    num_calibration_images: Annotated[int, typer.Option(help="How many of these images to use.")] = 64,
+    num_calibration_images: Annotated[
+        int | None, typer.Option(help="How many of these images to use. Default: 64.")
+    ] = None,
     eval_dir: Annotated[
         Path | None,
         typer.Option(help="A folder of images, one sub-folder per class, to compare int8 with float32 on."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per batch in the measurements of int8.")] = 8,
-    num_threads: Annotated[int, typer.Option(help="Threads in the measurements of int8; 0 means all cores.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per batch in the measurements of int8. Default: 8.")
+    ] = None,
+    num_threads: Annotated[
+        int | None, typer.Option(help="Threads in the measurements of int8. Default: 0, which means all cores.")
+    ] = None,
     runtime: Annotated[
         Path | None,
         typer.Option(
@@ -306,6 +329,7 @@ def command(
 
     Of a model for segmentation, the logits are a map of scores per class, and predict_onnx.py is left out.
     """
+    given = {"hvt_pool": hvt_pool, "merge_ratio": merge_ratio}
     record = export_model(
         model,
         output_dir,
@@ -319,6 +343,7 @@ def command(
         batch_size=batch_size,
         num_threads=num_threads,
         runtime=runtime,
+        **{name: parse_value(name, text) for name, text in given.items() if text is not None},
     )
     usage = FORMATS[format].usage.format(folder=output_dir)
     print(report(record), f"Saved in {output_dir}. {usage}".strip(), sep="\n")

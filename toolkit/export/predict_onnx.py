@@ -210,16 +210,22 @@ def preprocess(image: Image.Image, config: dict) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def for_image_size(config: dict, size: int) -> dict:
-    """`config` for square images of `size` pixels. The crop keeps its share of the image."""
-    square = {"height": size, "width": size}
+def parse_image_size(text: str) -> dict:
+    """Height and width from `320` or `224,384`. Raises a `ValueError` for any other text."""
+    sides = text.split(",")
+    if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"--image_size {text} must be one number of pixels, or height and width: 224,384.")
+    return {"height": int(sides[0]), "width": int(sides[-1])}
+
+
+def for_image_size(config: dict, size: dict) -> dict:
+    """`config` for images of the `height` and `width` in `size`. The crop keeps its share of the image."""
     if not config.get("do_center_crop"):
-        return {**config, "do_resize": True, "size": square}
-    crop = config["crop_size"]
+        return {**config, "do_resize": True, "size": size}
+    scales = {name: size[name] / pixels for name, pixels in config["crop_size"].items()}
     # Of height and width each has its own scale; the shortest edge must fill both sides of the crop.
-    scales = {name: size / crop.get(name, min(crop.values())) for name in config["size"]}
-    resize = {name: round(pixels * scales[name]) for name, pixels in config["size"].items()}
-    return {**config, "do_resize": True, "size": resize, "crop_size": square}
+    resize = {name: round(pixels * scales.get(name, max(scales.values()))) for name, pixels in config["size"].items()}
+    return {**config, "do_resize": True, "size": resize, "crop_size": size}
 
 
 def check_image_size(session: onnxruntime.InferenceSession, pixel_values: np.ndarray):
@@ -281,15 +287,18 @@ def main() -> int:
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument("--model", type=Path, help="the ONNX file; default: model.onnx beside this program")
     parser.add_argument("--top_k", type=int, default=5, help="how many classes to print; default: %(default)s")
-    parser.add_argument("--image_size", type=int, help="pixels, for a model exported with --dynamic_image_size")
+    parser.add_argument(
+        "--image_size", help="224, or height and width: 224,384; for a model exported with --dynamic_image_size"
+    )
     args = parser.parse_args()
 
     if args.top_k < 1:
         raise ValueError(f"--top_k {args.top_k} must be at least 1.")
+    size = None if args.image_size is None else parse_image_size(args.image_size)
     model = args.model or Path(__file__).with_name("model.onnx")
     config, labels = read_json(model.parent, "preprocessor_config.json"), read_json(model.parent, "labels.json")
-    if args.image_size:
-        config = for_image_size(config, args.image_size)
+    if size:
+        config = for_image_size(config, size)
     session = open_model(model)
     blank = Image.new("RGB" if config.get("do_convert_rgb") else "L", (64, 64))
     check_image_size(session, preprocess(blank, config)[None])

@@ -24,7 +24,7 @@ from transformers import ConvNextImageProcessor, ViTImageProcessor
 from hpool_vit import HPoolViTForImageClassification, HPoolViTImageProcessor, HPoolViTImageProcessorPil
 from hpool_vit.toolkit import command
 from hpool_vit.toolkit.export.checks import check_preprocessing
-from hpool_vit.toolkit.export.export import export_model, report
+from hpool_vit.toolkit.export.export import Int8Options, export_model, report
 from hpool_vit.toolkit.export.formats import FORMATS, Format
 from hpool_vit.toolkit.export.predict_onnx import open_model, predict, preprocess
 from hpool_vit.toolkit.export.quantize import find_images, find_labelled_images, read_batches
@@ -296,6 +296,74 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(saved_folder, pho
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("option", [{"num_calibration_images": 64}, {"batch_size": 8}, {"num_threads": 0}], ids=str)
+def test_what_int8_alone_uses_is_refused_without_it(option, saved_folder, tmp_path):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"`{name}` is only used with `int8`: set it to dynamic or static too"):
+        export(saved_folder, tmp_path / "out", **option)
+
+
+def test_what_static_int8_alone_uses_is_refused_with_dynamic(saved_folder, tmp_path, capsys):
+    words = (saved_folder, "--output_dir", tmp_path / "out", "--int8", "dynamic", "--num_calibration_images", 5)
+    message = "--num_calibration_images 5 has no effect with --int8 dynamic: leave it out, or choose static."
+    assert message in refusal(capsys, *words)
+
+
+def test_numbers_that_are_not_given_have_defaults(exported):
+    assert json.loads((exported[0] / "export.json").read_text())["int8"]["batch_size"] == 8
+    options = Int8Options("dynamic", num_threads=2).with_defaults()
+    assert (options.num_calibration_images, options.batch_size, options.num_threads) == (64, 8, 2)
+
+
+class TestSchedules:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """A model that merges at block 1, and offers a speed."""
+        speeds = {2.0: {"hvt_pool": [1], "merge_ratio": 0.5}}
+        save(tmp_path / "model", pool_mode="merge", merge_ratio=0.3, speeds=speeds)
+        return tmp_path / "model"
+
+    def export(self, folder, output, capsys, *flags):
+        """The record, and what the command prints; `torch_export` is the fastest format to write."""
+        words = ("export", folder, "--output_dir", output, "--format", "torch_export", *flags)
+        printed = call_command(capsys, *words).stdout
+        return json.loads((output / "export.json").read_text()), printed
+
+    @pytest.mark.parametrize(
+        ("flags", "fields"),
+        [
+            (("--hvt_pool", "none"), {"hvt_pool": None}),
+            (("--hvt_pool", "1", "--merge_ratio", "0.4"), {"hvt_pool": [1], "merge_ratio": 0.4}),
+        ],
+        ids=["without pooling", "another ratio"],
+    )
+    def test_one_is_chosen_and_recorded(self, flags, fields, folder, tmp_path, capsys):
+        record, _ = self.export(folder, tmp_path / "out", capsys, *flags)
+        assert fields.items() <= record.items() and "speed" not in record and "notes" not in record
+        images = torch.randn(2, 3, 32, 32)
+        expected = HPoolViTForImageClassification.from_pretrained(folder, **fields).eval()(images).logits
+        exported = torch.export.load(tmp_path / "out" / "model.pt2").module()(images)
+        torch.testing.assert_close(exported, expected, atol=1e-4, rtol=0)
+        saved = HPoolViTForImageClassification.from_pretrained(folder).eval()(images).logits
+        assert (saved - expected).abs().max() > 1e-3
+
+    def test_one_that_was_not_trained_gets_a_note(self, tmp_path, capsys):
+        save(tmp_path / "model", pool_mode="avg")
+        flags = ("--hvt_pool", "none")
+        record, printed = self.export(tmp_path / "model", tmp_path / "out", capsys, *flags)
+        assert "was not trained for hvt_pool=none, only for 1: expect worse answers" in record["notes"][0]
+        assert f"note: {record['notes'][0]}\n" in printed
+
+    def test_the_saved_one_is_exported_without_flags(self, folder, tmp_path, capsys):
+        record, _ = self.export(folder, tmp_path / "out", capsys)
+        assert not {"hvt_pool", "merge_ratio", "speed", "notes"} & record.keys()
+
+    @pytest.mark.parametrize("flags", [("--hvt_pool", "1"), ("--merge_ratio", "0.5")], ids=["blocks", "ratio"])
+    def test_one_and_a_speed_exclude_each_other(self, flags, folder, tmp_path, capsys):
+        message = refusal(capsys, folder, "--output_dir", tmp_path / "out", "--speed", 2, *flags)
+        assert f"--speed 2.0 and {flags[0]} exclude each other: give only one." in message
+
+
 def test_the_image_processor_of_a_vit_goes_along_too():
     image_processor = ViTImageProcessor(size={"height": 32, "width": 32})
     check_preprocessing(image_processor, image_processor.to_dict(), tiny_config())
@@ -430,3 +498,8 @@ def test_the_exported_program_classifies_at_another_image_size(tmp_path, photos)
     images = image_processor(Image.open(file), return_tensors="pt")
     best = model(**images, interpolate_pos_encoding=True).logits.argmax().item()
     assert f": {model.config.id2label[best]} " in printed
+
+
+def test_another_kind_of_int8_is_refused(saved_folder, tmp_path):
+    with pytest.raises(ValueError, match="`int8=int4` is unknown: choose dynamic or static"):
+        export_model(str(saved_folder), tmp_path / "out", int8="int4")

@@ -157,6 +157,9 @@ def test_many_bad_files_are_counted_and_the_first_ones_named():
 def test_wrong_flags_are_refused_before_anything_is_read(monkeypatch, tmp_path):
     for words, message in (
         (["--top_k", "0"], "--top_k 0 must be at least 1"),
+        (["--image_size", "0"], "--image_size 0 must be one number of pixels, or height and width"),
+        (["--image_size", "32,x"], "--image_size 32,x must be one number"),
+        (["--image_size", "32,32,32"], "--image_size 32,32,32 must be one number"),
         ([], "no readable preprocessor_config"),
     ):
         monkeypatch.setattr(sys, "argv", ["predict_onnx.py", "a.png", "--model", str(tmp_path / "model.onnx"), *words])
@@ -175,17 +178,37 @@ def test_wrong_flags_are_refused_before_anything_is_read(monkeypatch, tmp_path):
 )
 def test_another_image_size_keeps_the_share_that_is_cut_out(size, resized):
     config = {"do_center_crop": True, "size": size, "crop_size": {"height": 224, "width": 224}}
-    changed = predict_onnx.for_image_size(config, 384)
-    assert changed["size"] == resized and changed["crop_size"] == {"height": 384, "width": 384}
+    square = predict_onnx.parse_image_size("384")
+    changed = predict_onnx.for_image_size(config, square)
+    assert changed["size"] == resized and changed["crop_size"] == square == {"height": 384, "width": 384}
 
 
 @pytest.mark.parametrize("size", [{"height": 256, "width": 438}, {"shortest_edge": 256}])
 def test_a_square_fits_into_what_was_resized_for_a_crop_that_is_none(size):
     config = {"do_center_crop": True, "size": size, "crop_size": {"height": 224, "width": 384}}
-    changed = predict_onnx.for_image_size(config, 512)
+    changed = predict_onnx.for_image_size(config, {"height": 512, "width": 512})
     assert all(512 <= pixels < 600 for pixels in changed["size"].values())
 
 
+@pytest.mark.parametrize(
+    ("size", "crop", "resized"),
+    [
+        ({"height": 256, "width": 438}, (224, 384), {"height": 512, "width": 657}),
+        ({"shortest_edge": 256}, (224, 224), {"shortest_edge": 658}),
+        ({"height": 448, "width": 576}, None, {"height": 448, "width": 576}),
+    ],
+    ids=["two sides", "short side", "no crop"],
+)
+def test_an_image_size_has_a_height_and_a_width(size, crop, resized):
+    config = {"do_convert_rgb": True, "do_resize": True, "resample": 2, "do_center_crop": bool(crop), "size": size}
+    config["crop_size"] = crop and dict(zip(("height", "width"), crop, strict=True))
+    changed = predict_onnx.for_image_size(config, predict_onnx.parse_image_size("448,576"))
+    assert changed["size"] == resized
+    # Black bars would be where the resized image does not fill the crop.
+    pixels = preprocess(Image.new("RGB", (90, 60), "white"), changed)
+    assert pixels.shape == (3, 448, 576) and pixels.min() == 255
+
+
 def test_without_a_crop_another_image_size_is_that_of_the_resized_image():
-    changed = predict_onnx.for_image_size({"size": {"shortest_edge": 32}}, 48)
+    changed = predict_onnx.for_image_size({"size": {"shortest_edge": 32}}, {"height": 48, "width": 48})
     assert changed["size"] == {"height": 48, "width": 48} and changed["do_resize"]
