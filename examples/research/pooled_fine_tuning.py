@@ -7,8 +7,8 @@ recovery first, equally long and with three seeds.
 
 `--vit` is a ViT that `hpool-vit convert` reads. The recovery sees the photos of `--train_dir` without their labels.
 What is finished is not repeated, and `--dry_run` prints the commands. At the end compare_runs.py writes the table and
-the curves to OUTPUT_DIR/comparison. Other flags go to `hpool-vit train`: on a CPU with units for bfloat16,
-`--bf16 true --use_cpu true` is faster.
+the curves to OUTPUT_DIR/comparison. What follows `--` goes to `hpool-vit train`: on a CPU with units for bfloat16,
+`-- --bf16 true --use_cpu true` is faster.
 """
 
 import argparse
@@ -58,7 +58,7 @@ SETTINGS = {
 }
 
 
-def plan(args: argparse.Namespace, further: list[str]) -> list[Step]:
+def plan(args: argparse.Namespace) -> list[Step]:
     """The models are converted and recovered, then trained seed by seed, so that a stop leaves whole seeds."""
     starts = args.output_dir / "starts"
 
@@ -75,7 +75,7 @@ def plan(args: argparse.Namespace, further: list[str]) -> list[Step]:
     settings = {**SETTINGS, "num_train_epochs": args.num_train_epochs}
     settings |= {"train_dir": args.train_dir, "validation_dir": args.validation_dir}
     return steps + [
-        training(args.output_dir, name, seed, *further, **settings, model_name_or_path=starts / name)
+        training(args.output_dir, name, seed, *args.further, **settings, model_name_or_path=starts / name)
         for seed in args.seeds
         for name in args.models
     ]
@@ -91,8 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--effort", default="6", help="of each recovery (default: %(default)s epochs)")
     parser.add_argument("--num_train_epochs", type=int, default=3, help="default: %(default)s")
     add_common_arguments(parser)
-    args, further = parser.parse_known_args(argv)
-    steps = plan(args, further)
+    parser.add_argument("further", nargs="*", metavar="FLAG", help="after `--`: flags of `hpool-vit train`")
+    args = parser.parse_args(argv)
+    steps = plan(args)
     run_all(steps, comparison(args.output_dir, steps, args.models[0]), args.dry_run)
 
 
