@@ -25,6 +25,10 @@ from hpool_vit.toolkit.shared.files import write_json
 from hpool_vit.toolkit.shared.measuring import Logits, count_macs, measure_speed
 
 
+# Of matplotlib's cycle. More models get another style of line.
+NUM_COLOURS, LINE_STYLES = 10, ("-", "--", ":")
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """The results and the curves of a finished run."""
     try:
@@ -75,6 +79,7 @@ def plot_models(models: dict[str, dict[str, Any]], path: Path):
     for number, (name, model) in enumerate(models.items()):
         for seed, run in enumerate(model["runs"].values()):
             style = {"color": f"C{number}", "label": name if seed == 0 else None, "linewidth": 1}
+            style["linestyle"] = LINE_STYLES[number // NUM_COLOURS % len(LINE_STYLES)]
             axes[0].plot(*zip(*run["loss"], strict=True), **style)
             axes[1].plot(*zip(*run["top1"], strict=True), marker=".", **style)
     for axis, title in zip(axes, ("training loss", "top-1 on the validation images (%)"), strict=True):
