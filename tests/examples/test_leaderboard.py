@@ -17,7 +17,7 @@ from hpool_vit.toolkit.shared.measuring import count_macs
 
 sys.path.insert(0, str(EXAMPLES / "research" / "leaderboard"))
 
-from leaderboard import print_table
+from leaderboard import HALVES, choose_photos, print_table
 from network import Attended, Method, class_attention
 from photos import MEAN, STD, Photos, halves, load_photos, normalize
 from rivals import (
@@ -377,6 +377,17 @@ def test_the_halves_share_no_photo_and_are_always_the_same():
     assert len(choosing) == len(reporting) == 650
     assert torch.equal(torch.cat((choosing, reporting)).sort().values, torch.arange(1300))
     assert torch.equal(halves(1300)[0], choosing)
+
+
+def test_a_half_or_all_photos_are_chosen_and_their_labels_translated():
+    photos = Photos(torch.arange(8), torch.arange(8) % 2)
+    chosen = {half: choose_photos(photos, half, [310, 309], None) for half in ("choosing", "reporting", "all")}
+    assert [len(part.labels) for part in chosen.values()] == [4, 4, 8]
+    assert torch.equal(
+        torch.cat((chosen["choosing"].pixels, chosen["reporting"].pixels)).sort().values, torch.arange(8)
+    )
+    assert chosen["all"].labels.tolist() == [310, 309] * 4
+    assert choose_photos(photos, "reporting", None, 2).pixels.tolist() == halves(8)[1][:2].tolist()
 
 
 def test_photos_are_decoded_once(tmp_path):

@@ -11,7 +11,11 @@ Compare ways to make a trained Vision Transformer faster without training it, wi
 `label`.
 
 A random half of the photos is for choosing (`--half choosing`), the other for reporting, the default of `leaderboard`
-and `ingredients`. `schedules` sees only the half for choosing.
+and `ingredients`. `schedules` sees only the half for choosing. Of photos by which nothing was chosen, `--half all`
+reports on all. If their labels are numbers of their own, `--classes` translates them:
+
+    python examples/research/leaderboard/leaderboard.py leaderboard --weights vit.safetensors --photos ants_bees \
+        --half all --classes 310 309 --short_side 248 --name merging_ants_bees
 """
 
 import argparse
@@ -23,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from network import Method
-from photos import SPLIT_SEED, halves, load_photos, normalize
+from photos import SPLIT_SEED, Photos, halves, load_photos, normalize
 from rivals import ATC, DiffRate, ImportanceToMe, PiToMe, SizeRanked, ToMe
 from rules import RULE, VERSION_01, Merging, Rule
 from scores import Answers, Judge, bootstrap, interpolate
@@ -37,6 +41,8 @@ from hpool_vit.toolkit.shared.measuring import count_macs, format_table, measure
 
 OURS, OURS_IN_FEW, BEFORE, UNPOOLED = "ours", "ours, four stages", "version 0.1", "unpooled"
 NUM_BLOCKS, NUM_PATCHES = 12, 196
+# In the order of `halves`.
+HALVES = ("choosing", "reporting")
 
 # Blocks and the number of tokens that merge at each. In four stages, as in version 0.1 …
 FEW_STAGES = [
@@ -245,6 +251,15 @@ def differences(line: dict[str, Any]) -> list[str]:
     ]
 
 
+def choose_photos(photos: Photos, half: str, classes: list[int] | None, num_photos: int | None) -> Photos:
+    """The first photos of a half, or of all, with the labels that the model has for them."""
+    numbers = torch.arange(len(photos.labels))
+    if half in HALVES:
+        numbers = halves(len(numbers))[HALVES.index(half)]
+    photos = photos.part(numbers[:num_photos])
+    return photos._replace(labels=torch.tensor(classes)[photos.labels]) if classes else photos
+
+
 PROGRAMS = {"leaderboard": run_leaderboard, "ingredients": run_ingredients, "schedules": run_schedules}
 
 
@@ -253,8 +268,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("measurement", choices=PROGRAMS)
     parser.add_argument("--weights", required=True, help="a ViT that `hpool-vit convert` reads")
     parser.add_argument("--photos", type=Path, required=True, help="Parquet file with the columns image and label")
+    parser.add_argument(
+        "--classes", type=int, nargs="+", help="the ImageNet class of label 0, 1, …, if it is not that"
+    )
+    parser.add_argument("--short_side", type=int, default=227, help="to resize photos to (default: %(default)s)")
+    parser.add_argument("--name", help="of the JSON (default: merging_MEASUREMENT)")
     parser.add_argument("--output_dir", type=Path, default=Path("docs/results"), help="default: %(default)s")
-    parser.add_argument("--half", choices=("choosing", "reporting"), help="which photos")
+    parser.add_argument("--half", choices=(*HALVES, "all"), help="which photos")
     parser.add_argument("--num_photos", type=int, help="only the first ones of the half, for a trial")
     parser.add_argument("--cache", type=Path, help="file that keeps the decoded photos for the next run")
     parser.add_argument("--resume", type=Path, help="folder that keeps the answers of each row of this half")
@@ -267,18 +287,17 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(args.num_threads)
     half = args.half or ("choosing" if args.measurement == "schedules" else "reporting")
-    photos = load_photos(args.photos, args.cache)
-    chosen = halves(len(photos.labels))[half == "reporting"][: args.num_photos]
+    photos = choose_photos(load_photos(args.photos, args.cache, args.short_side), half, args.classes, args.num_photos)
     model, _ = convert_vit(args.weights, hvt_pool=None)
-    judge = Judge(model, photos.part(chosen), args.batch_size)
+    judge = Judge(model, photos, args.batch_size)
     content = PROGRAMS[args.measurement](model, judge, args)
     about = {
         "half": half,
-        "num_photos": len(chosen),
+        "num_photos": len(photos.labels),
         "split_seed": SPLIT_SEED,
         "machine": f"{platform.machine()}, {args.num_threads} threads, PyTorch {torch.__version__}",
     }
-    write_json(args.output_dir / f"merging_{args.measurement}.json", about | content)
+    write_json(args.output_dir / f"{args.name or f'merging_{args.measurement}'}.json", about | content)
     tables = (
         [content["rows"]] if "rows" in content else [table for part in content.values() for table in part.values()]
     )
