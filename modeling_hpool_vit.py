@@ -4,7 +4,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from os import PathLike
-from pathlib import Path
 from typing import Any, Unpack, cast
 
 import torch
@@ -726,12 +725,10 @@ class HPoolViTPreTrainedModel(PreTrainedModel):
                 HPoolViTForSemanticSegmentation,
             )
         }
-        # Transformers copies the code of the model's own class, which may be a user's subclass. What it pushes to the
-        # Hub must be there before.
-        if is_main_process and not Path(save_directory).is_file():
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            custom_object_save(HPoolViTForImageClassification, save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        # Transformers copies the code of the model's own class, which may be a user's subclass.
+        if is_main_process:
+            custom_object_save(HPoolViTForImageClassification, save_directory)
 
 
 def rename_earlier_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:

@@ -383,9 +383,8 @@ def test_a_half_or_all_photos_are_chosen_and_their_labels_translated():
     photos = Photos(torch.arange(8), torch.arange(8) % 2)
     chosen = {half: choose_photos(photos, half, [310, 309], None) for half in ("choosing", "reporting", "all")}
     assert [len(part.labels) for part in chosen.values()] == [4, 4, 8]
-    assert torch.equal(
-        torch.cat((chosen["choosing"].pixels, chosen["reporting"].pixels)).sort().values, torch.arange(8)
-    )
+    both = torch.cat([chosen[half].pixels for half in HALVES])
+    assert torch.equal(both.sort().values, torch.arange(8))
     assert chosen["all"].labels.tolist() == [310, 309] * 4
     assert choose_photos(photos, "reporting", None, 2).pixels.tolist() == halves(8)[1][:2].tolist()
 
