@@ -35,9 +35,10 @@ MAX_ASPECT_RATIO = 64
 
 # A download that is larger is not an image for a model.
 MAX_DOWNLOAD_BYTES = 2**30
+DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+
 # Scores of classes at the size of a photo that are held at a time, of 4 bytes each.
 MOST_RESIZED_SCORES = 2**26
-DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
 # By the type of an array, the ranges in which its largest value may lie, and the value of white: the end of the range.
 # A largest value between the ranges leaves the scale open. None: any other type of integers.
@@ -120,7 +121,7 @@ class HPoolViTImageProcessing(BaseImageProcessor):
             ValueError: if there are not as many sizes as images.
         """
         logits = outputs.logits
-        sizes = [logits.shape[2:]] * len(logits) if target_sizes is None else target_sizes
+        sizes = [None] * len(logits) if target_sizes is None else target_sizes
         if len(sizes) != len(logits):
             raise ValueError(f"`target_sizes` has {len(sizes)} sizes for {len(logits)} images: give one each.")
         if not return_segmentation_scores:
@@ -286,9 +287,9 @@ def check_header(image: Image.Image) -> None:
     check_aspect_ratio(image.height, image.width)
 
 
-def resize_scores(scores: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Scores of shape `(num_labels, rows, columns)` at (height, width)."""
-    if tuple(size) == tuple(scores.shape[1:]):
+def resize_scores(scores: torch.Tensor, size: Sequence[int] | None) -> torch.Tensor:
+    """Scores of shape `(num_labels, rows, columns)` at (height, width), in float32; None: as they are."""
+    if size is None:
         return scores
     height, width = map(int, size)
     resized = torch.nn.functional.interpolate(
@@ -297,11 +298,14 @@ def resize_scores(scores: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return resized[0]
 
 
-def most_likely_classes(scores: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def most_likely_classes(scores: torch.Tensor, size: Sequence[int] | None) -> torch.Tensor:
     """
-    The class of each pixel, of shape (height, width), from scores of shape `(num_labels, rows, columns)`. At the size
-    of a large photo the scores of all classes would take gigabytes, so only some of them are resized at a time.
+    The class of each pixel at (height, width), or None: at the resolution of the scores, which have the shape
+    `(num_labels, rows, columns)`. At the size of a large photo the scores of all classes would take gigabytes, so only
+    some of them are resized at a time.
     """
+    if size is None:
+        return scores.argmax(dim=0)
     height, width = map(int, size)
     step = max(MOST_RESIZED_SCORES // (height * width), 1)
     best, classes = resize_scores(scores[:step], size).max(dim=0)
